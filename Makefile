@@ -1,0 +1,47 @@
+PYTHON ?= python3
+BIN := .venv/bin
+T ?= tests
+
+.PHONY: setup demo check fix lint test slow gpu bench clean
+
+# One file says the environment is whole; it is made anew when what it was made from changes.
+setup: .venv/complete
+
+.venv/complete: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch numpy
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[all,dev]'
+	touch .venv/complete
+
+demo: setup
+	rm -rf demo-run demo-run.text .demo-run.partial
+	$(BIN)/hybridize demo --out demo-run $(if $(LONG),--long)
+
+check: setup lint test slow
+
+lint: setup
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/pyright --warnings hybridize
+
+fix: setup
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+test: setup
+	$(BIN)/python -m pytest -q $(T)
+
+slow: setup
+	$(BIN)/python -m pytest -q -m slow $(T)
+
+gpu: setup
+	$(BIN)/python -m pytest -q -m gpu $(T)
+
+bench: setup
+	$(BIN)/python bench/kernels.py
+	$(BIN)/python bench/convert.py
+	$(BIN)/python bench/distill.py
+	$(BIN)/python bench/decode.py
+
+clean:
+	rm -rf .venv demo-run demo-run.text build *.egg-info

@@ -1,0 +1,5 @@
+"""`python -m hybridize`: the command line."""
+
+from hybridize.cli import main
+
+main()

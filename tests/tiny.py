@@ -1,0 +1,43 @@
+"""Tiny real base checkpoints: random weights, the family's own class, nothing at a value that could hide a mistake."""
+
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+SIZES = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 128,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+
+
+def tiny_base(family: str, tmp: Path, **overrides) -> Path:
+    """Save a random base of `family` (llama, mistral, qwen2, qwen3) in fp32 and return its folder.
+
+    `overrides` are config fields; `max_shard_size` goes to save_pretrained. Norms and biases are perturbed, so that one
+    that is left out shows.
+    """
+    shard = {"max_shard_size": overrides.pop("max_shard_size")} if "max_shard_size" in overrides else {}
+    fields = {**SIZES, "dtype": "float32", **({"sliding_window": None} if family == "mistral" else {}), **overrides}
+    config = AutoConfig.for_model(family, **fields)
+    generator = torch.Generator().manual_seed(7)
+    model = AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator).to(parameter)
+            if parameter.dim() == 1:
+                parameter.copy_((1.0 if "norm" in name else 0.0) + 0.2 * noise)
+            else:
+                parameter.copy_(noise * parameter.shape[-1] ** -0.5)
+    path = tmp / f"{family}-base"
+    model.save_pretrained(path, **shard)
+    return path
