@@ -1,0 +1,133 @@
+"""Cache entries of the new mixers, to sit beside transformers' own in a DynamicCache.
+
+Both report the tokens *seen* as their length and call themselves sliding, because transformers sizes masks and positions
+from the first entry that does not. Neither can be rolled back: `crop` raises, `is_croppable` is False, and a model
+that holds one says `_is_stateful`, which keeps assisted decoding away from it.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer
+
+from hybridize.errors import ConfigError
+
+
+class ForgetfulLayer(CacheLayerMixin):
+    """What streaming and recurrent entries share: a count of tokens seen, tensors by name, no way back."""
+
+    is_sliding = True
+    is_croppable = False
+    is_compileable = False
+    supports_early_init = False
+    tensor_names: tuple[str, ...] = ()
+
+    def __init__(self, **kwargs: Any):
+        super().__init__(**kwargs)
+        self.seen = 0
+        for name in self.tensor_names:
+            setattr(self, name, None)
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        raise ConfigError(f"{type(self).__name__} is filled by its mixer; this model and this cache do not belong together")
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.seen + query_length, 0
+
+    def get_seq_length(self) -> int:
+        return self.seen
+
+    def get_max_length(self) -> int:
+        return -1
+
+    def held(self) -> list[Tensor]:
+        """The tensors this entry keeps between calls; their bytes are what `state_bytes` promises."""
+        return [t for t in (getattr(self, name) for name in self.tensor_names) if t is not None]
+
+    def _apply(self, change: Any) -> None:
+        for name in self.tensor_names:
+            if (tensor := getattr(self, name)) is not None:
+                setattr(self, name, change(tensor))
+
+    def reset(self) -> None:
+        self.seen = 0
+        self.is_initialized = False
+        for name in self.tensor_names:
+            setattr(self, name, None)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        if tokens_to_remove != 0:
+            raise ConfigError(
+                f"crop({tokens_to_remove}): a {type(self).__name__} keeps no past to go back to. Start from an empty cache, "
+                "or decode without assistance"
+            )
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self._apply(lambda t: t.index_select(0, beam_idx.to(t.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self._apply(lambda t: t.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        self._apply(lambda t: t[indices.to(t.device)])
+
+    def offload(self) -> None:
+        self._apply(lambda t: t.to("cpu", non_blocking=True))
+
+    def prefetch(self) -> None:
+        """Nothing to do: the mixer moves its own tensors to where its input is."""
+
+
+class RecurrentLayer(ForgetfulLayer):
+    """State of a recurrent mixer: `conv` [B, C, K-1] in the model's dtype and `state` [B, H, P, N] in fp32."""
+
+    tensor_names = ("conv", "state")
+    conv: Any
+    state: Any
+
+
+class SinkWindowLayer(ForgetfulLayer):
+    """Keys and values of the first `sink` tokens of each row and of the last `window` ones, [B, G, slots, d].
+
+    Slot of the token at position p of its own row: p while p < sink + window, after that sink + (p - sink) mod window.
+    `pads` [B] counts the padding before each row's first token; None means there is none.
+    """
+
+    tensor_names = ("keys", "values", "pads")
+    keys: Any
+    values: Any
+    pads: Any
+
+
+def own_layer(cache: Cache, layer_idx: int, kind: type[ForgetfulLayer]) -> Any:
+    """The cache entry of a mixer, put in place of transformers' own on first use.
+
+    Raises:
+        ConfigError: the cache is of a kind that cannot hold it (static, quantised), or the entry holds other tokens.
+    """
+    if not isinstance(cache, DynamicCache):
+        raise ConfigError(f"got a {type(cache).__name__}, expected a DynamicCache: hybrids have no static or quantised cache")
+    while len(cache.layers) <= layer_idx:
+        cache.layers.append(DynamicLayer())
+    entry: Any = cache.layers[layer_idx]
+    if not isinstance(entry, kind):
+        if entry.get_seq_length() > 0:
+            raise ConfigError(f"layer {layer_idx} of the cache is a filled {type(entry).__name__}, expected {kind.__name__}")
+        entry = cache.layers[layer_idx] = kind()
+    return entry
+
+
+def cache_bytes(cache: Cache) -> int:
+    """Bytes of every tensor a cache holds, summed over layers and batch."""
+    total = 0
+    for entry in cache.layers:
+        if isinstance(entry, ForgetfulLayer):
+            tensors = entry.held()
+        else:
+            tensors = [t for t in (getattr(entry, "keys", None), getattr(entry, "values", None)) if isinstance(t, torch.Tensor)]
+        total += sum(t.numel() * t.element_size() for t in tensors)
+    return total

@@ -1,0 +1,191 @@
+"""Mamba2 in the shape that attention can be turned into: C from queries, B from keys, x from values.
+
+Parameter names, order and function are those of transformers' GraniteMoeHybridMambaLayer (SiLU after the convolution, gate
+before a norm over each head), so that export is renaming and repeating. Two things it lacks are options here: heads that
+stay grouped as in GQA (x and B have n_kv heads, repeated after the convolution), and the base's q/k-norms on C and B.
+
+    [z | x | B | C | dt] = W_in u + b_in
+    x, B, C = SiLU(conv(x, B, C))                           depthwise, causal
+    h_t = exp(dt_t A) h_{t-1} + dt_t x_t B_t^T              dt = softplus(dt + dt_bias), A = -exp(A_log)
+    y_t = h_t C_t + D x_t
+    out = W_out (w * RMSNorm_head(y * SiLU(z)))
+
+Letters: B batch, T tokens, H query heads, G value and key groups, P value width, N key width.
+Source: Dao and Gu, arXiv 2405.21060, section 7; the layout of Wang et al., arXiv 2408.15237.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from hybridize.cache import RecurrentLayer, own_layer
+from hybridize.errors import ConfigError
+from hybridize.families import element_bytes, family_of, head_dim
+from hybridize.kernels.conv import causal_conv1d, causal_conv1d_step
+from hybridize.kernels.gated_norm import gated_rms_norm
+from hybridize.kernels.ssd import ssd, ssd_step
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mamba2:
+    """Options of the Mamba2 mixer; its head widths are the base's."""
+
+    conv_tokens: int = 4
+    """Taps of the causal convolution (Mamba2's d_conv)."""
+    heads: Literal["grouped", "expanded"] = "grouped"
+    """`grouped`: x and B keep the base's n_kv heads. `expanded`: one for each query head, free to diverge in training."""
+    proj_bias: bool = True
+    """Bias on in_proj: lets the gate start open, and carries the base's q/k/v biases."""
+    norm_eps: float | None = None
+    """Of the gated norm; None is the base's rms_norm_eps, as the native class has it."""
+
+    forgets = True
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.conv_tokens <= 16:
+            raise ConfigError(f"conv_tokens is {self.conv_tokens}, expected 1 to 16")
+
+    def build(self, config: Any, layer_idx: int) -> nn.Module:
+        return Mamba2Mixer(config, layer_idx, self)
+
+    def conv_channels(self, config: Any) -> int:
+        groups = config.num_key_value_heads if self.heads == "grouped" else config.num_attention_heads
+        return (2 * groups + config.num_attention_heads) * head_dim(config)
+
+    def state_bytes(self, config: Any, tokens: int) -> int:
+        """The fp32 state of every head and the last conv_tokens - 1 inputs of the convolution; the same at any length."""
+        if tokens == 0:
+            return 0
+        state = config.num_attention_heads * head_dim(config) ** 2 * 4
+        return state + self.conv_channels(config) * (self.conv_tokens - 1) * element_bytes(config)
+
+
+class HeadNorm(nn.Module):
+    """The base's q- or k-norm: RMSNorm over one head's width, as Qwen3RMSNorm."""
+
+    def __init__(self, width: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.eps = eps
+
+    def forward(self, heads: Tensor) -> Tensor:
+        wide = heads.float()
+        wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
+        return self.weight * wide.to(heads.dtype)
+
+
+class GatedHeadNorm(nn.Module):
+    """Gate, then RMSNorm over each head; holds the weight under the native class's name `norm.weight`."""
+
+    def __init__(self, width: int, group: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.group, self.eps = group, eps
+
+    def forward(self, y: Tensor, gate: Tensor) -> Tensor:
+        return gated_rms_norm(y, gate, self.weight, self.eps, self.group)
+
+
+class Mamba2Mixer(nn.Module):
+    """The module that stands where `self_attn` was."""
+
+    def __init__(self, config: Any, layer_idx: int, options: Mamba2):
+        super().__init__()
+        family = family_of(config)
+        self.layer_idx = layer_idx
+        self.width = head_dim(config)
+        self.num_heads = config.num_attention_heads
+        self.num_groups = config.num_key_value_heads if options.heads == "grouped" else self.num_heads
+        self.inner = self.num_heads * self.width
+        self.grouped = self.num_groups * self.width
+        self.conv_tokens = options.conv_tokens
+        channels = self.inner + 2 * self.grouped
+        self.in_proj = nn.Linear(config.hidden_size, self.inner + channels + self.num_heads, bias=options.proj_bias)
+        self.conv1d = nn.Conv1d(channels, channels, self.conv_tokens, groups=channels, padding=self.conv_tokens - 1)
+        self.dt_bias = nn.Parameter(torch.ones(self.num_heads))
+        self.A_log = nn.Parameter(torch.zeros(self.num_heads))
+        self.D = nn.Parameter(torch.ones(self.num_heads))
+        self.norm = GatedHeadNorm(self.inner, self.width, options.norm_eps or config.rms_norm_eps)
+        self.out_proj = nn.Linear(self.inner, config.hidden_size, bias=family.has_out_bias(config))
+        if family.qk_norm:
+            self.q_norm = HeadNorm(self.width, config.rms_norm_eps)
+            self.k_norm = HeadNorm(self.width, config.rms_norm_eps)
+
+    def reset_own_parameters(self, init: Any) -> None:
+        """Mamba2's own start for a layer that is not seeded: half-lives spread over the heads."""
+        init.copy_(self.A_log, torch.log(torch.linspace(1.0, 16.0, self.num_heads)))
+        init.copy_(self.dt_bias, torch.full((self.num_heads,), math.log(math.expm1(0.01))))
+        init.ones_(self.D)
+        init.ones_(self.norm.weight)
+
+    def split_sizes(self) -> dict[str, int]:
+        """Rows of in_proj by what they feed, in order."""
+        return {"z": self.inner, "x": self.grouped, "B": self.grouped, "C": self.inner, "dt": self.num_heads}
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        past_key_values: Any = None,
+        padding_mask: Tensor | None = None,
+        segment_ids: Tensor | None = None,
+        **unused: Any,
+    ) -> tuple[Tensor, None]:
+        """Mix tokens; see the module docstring.
+
+        Args:
+            hidden_states: u, [B, T, D].
+            past_key_values: a DynamicCache or None; this layer's entry becomes a RecurrentLayer.
+            padding_mask: [B, T] bool, False on padding: such tokens leave no trace in the state.
+            segment_ids: [B, T] int, documents of a packed row; the state starts anew at each border.
+            **unused: what other attention modules read, such as the 4-D mask.
+
+        Returns:
+            ([B, T, D], None).
+        """
+        entry = None if past_key_values is None else own_layer(past_key_values, self.layer_idx, RecurrentLayer)
+        out = self.out_proj(self.context(hidden_states, entry, padding_mask, segment_ids))
+        return out, None
+
+    def context(
+        self,
+        hidden_states: Tensor,
+        entry: RecurrentLayer | None = None,
+        padding_mask: Tensor | None = None,
+        segment_ids: Tensor | None = None,
+    ) -> Tensor:
+        """What out_proj reads: the gated, normed mixture, [B, T, H * P]. Arguments as in `forward`."""
+        batch, new, _ = hidden_states.shape
+        z, xBC, dt = self.in_proj(hidden_states).split([self.inner, self.inner + 2 * self.grouped, self.num_heads], dim=-1)
+        dt = F.softplus(dt.float() + self.dt_bias.float())
+        if padding_mask is not None:
+            xBC = xBC * padding_mask[:, :, None].to(xBC.dtype)
+            dt = dt * padding_mask[:, :, None]
+        weight, bias = self.conv1d.weight[:, 0], self.conv1d.bias
+        A = -torch.exp(self.A_log.float())
+        if entry is not None and entry.seen > 0 and new == 1:
+            entry.conv, entry.state = entry.conv.to(xBC), entry.state.to(xBC.device)
+            xBC = causal_conv1d_step(xBC[:, 0], weight, bias, entry.conv)
+            x, b, c = self._heads(xBC)
+            y = ssd_step(x, dt[:, 0], A, b, c, self.D, entry.state)[:, None]
+        else:
+            past = entry if entry is not None and entry.seen > 0 else None
+            xBC, conv = causal_conv1d(xBC, weight, bias, None if past is None else past.conv, "silu", segment_ids)
+            x, b, c = self._heads(xBC)
+            y, state = ssd(x, dt, A, b, c, self.D, None if past is None else past.state, segment_ids)
+            if entry is not None:
+                entry.conv, entry.state = conv.detach(), state.detach()
+        if entry is not None:
+            entry.seen += new
+            entry.is_initialized = True
+        return self.norm(y.reshape(batch, new, self.inner), z)
+
+    def _heads(self, xBC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        x, b, c = xBC.split([self.grouped, self.grouped, self.inner], dim=-1)
+        x, b, c = (t.unflatten(-1, (-1, self.width)) for t in (x, b, c))
+        if hasattr(self, "q_norm"):
+            b, c = self.k_norm(b), self.q_norm(c)
+        return x, b, c

@@ -1,0 +1,242 @@
+"""The one modelling file: each family's own model, with `self_attn` swapped where config.mixers says so.
+
+Names of all other tensors stay transformers', so that a plan that keeps every layer is the base, bit for bit. The
+model_type is our own: another loader must refuse a hybrid, not read it as its base.
+"""
+
+# The mixins name what the library classes they are mixed into have; a type checker sees each alone.
+# pyright: reportAttributeAccessIssue=false, reportCallIssue=false, reportOptionalMemberAccess=false
+# pyright: reportIncompatibleVariableOverride=false, reportGeneralTypeIssues=false
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+from transformers import initialization as init
+from transformers.cache_utils import DynamicCache
+from transformers.masking_utils import find_packed_sequence_indices
+from transformers.models.llama.configuration_llama import LlamaConfig
+from transformers.models.llama.modeling_llama import LlamaForCausalLM, LlamaModel
+from transformers.models.mistral.configuration_mistral import MistralConfig
+from transformers.models.mistral.modeling_mistral import MistralForCausalLM, MistralModel
+from transformers.models.qwen2.configuration_qwen2 import Qwen2Config
+from transformers.models.qwen2.modeling_qwen2 import Qwen2ForCausalLM, Qwen2Model
+from transformers.models.qwen3.configuration_qwen3 import Qwen3Config
+from transformers.models.qwen3.modeling_qwen3 import Qwen3ForCausalLM, Qwen3Model
+
+from hybridize.errors import ConfigError
+from hybridize.mixers import MIXERS
+
+# Kept in fp32 whatever the model's dtype: a decay rounded to bf16 is another half-life.
+FP32_PARAMETERS = ["A_log", "dt_bias", "D"]
+
+
+def mixer_options(config: Any) -> list[Any]:
+    """The options object of each layer. Raises ConfigError when `mixers` does not fit the layers."""
+    specs = config.mixers
+    if not isinstance(specs, list) or len(specs) != config.num_hidden_layers:
+        found = len(specs) if isinstance(specs, list) else specs
+        raise ConfigError(f"config.json: mixers has {found} entries, expected num_hidden_layers = {config.num_hidden_layers}")
+    return [MIXERS.build(spec) for spec in specs]
+
+
+def state_bytes(config: Any, tokens: int) -> int:
+    """Cache bytes of one sequence after `tokens` tokens, over all layers of a hybrid config."""
+    return sum(options.state_bytes(config, tokens) for options in mixer_options(config))
+
+
+class HybridModelMixin:
+    """Over a family's decoder: swaps the mixers in and hands them what a 4-D mask cannot tell."""
+
+    def __init__(self, config: Any):
+        super().__init__(config)
+        self.mixer_options = mixer_options(config)
+        for index, options in enumerate(self.mixer_options):
+            mixer = options.build(config, index)
+            if mixer is not None:
+                self.layers[index].self_attn = mixer
+        self.forgets = any(options.forgets for options in self.mixer_options)
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Any = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """As the family's own; adds `padding_mask` [B, T] and `segment_ids` [B, T] for the mixers (either may be None).
+
+        Raises:
+            ConfigError: a mask that is not [B, tokens], or right padding together with a cache.
+        """
+        if not self.forgets:
+            return super().forward(
+                input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids,
+                past_key_values=past_key_values, inputs_embeds=inputs_embeds, use_cache=use_cache, **kwargs,
+            )  # fmt: skip
+        tokens = input_ids if input_ids is not None else inputs_embeds
+        use_cache = self.config.use_cache if use_cache is None else use_cache
+        if use_cache and past_key_values is None and not (self.training and self.gradient_checkpointing):
+            past_key_values = DynamicCache(config=self.config)
+        padding_mask = None
+        if isinstance(attention_mask, Tensor):
+            if attention_mask.dim() != 2:
+                raise ConfigError(
+                    f"attention_mask has shape {tuple(attention_mask.shape)}, expected [batch, tokens] with 0 on padding: "
+                    "recurrent and streaming layers cannot follow an arbitrary mask"
+                )
+            padding_mask = attention_mask[:, -tokens.shape[1] :].bool()
+            if bool(padding_mask.all()):
+                padding_mask = None
+            elif past_key_values is not None and not bool(padding_mask[:, -1].all()):
+                raise ConfigError("right padding with a cache would put the padding into the state; pad on the left")
+        segment_ids = None
+        if position_ids is not None and attention_mask is None and past_key_values is None:
+            segment_ids = find_packed_sequence_indices(position_ids.expand(tokens.shape[0], -1))
+        return super().forward(
+            input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids,
+            past_key_values=past_key_values, inputs_embeds=inputs_embeds, use_cache=use_cache,
+            padding_mask=padding_mask, segment_ids=segment_ids, **kwargs,
+        )  # fmt: skip
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if hasattr(module, "reset_own_parameters"):
+            module.reset_own_parameters(init)
+
+
+class HybridCausalMixin:
+    """Over a family's causal LM: the hybrid decoder in place of its own."""
+
+    _keep_in_fp32_modules_strict = FP32_PARAMETERS
+
+    def __init__(self, config: Any):
+        super().__init__(config)
+        self.model = self.decoder_class(config)
+        # Recurrent and streaming states cannot be rolled back; this keeps assisted decoding away.
+        self._is_stateful = self.model.forgets
+        self.post_init()
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if hasattr(module, "reset_own_parameters"):
+            module.reset_own_parameters(init)
+
+
+class HybridLlamaConfig(LlamaConfig):
+    """Llama's config and `mixers`, one {"name": ..., **options} a layer."""
+
+    model_type = "hybrid_llama"
+    mixers: list | None = None
+
+
+class HybridMistralConfig(MistralConfig):
+    """Mistral's config and `mixers`, one {"name": ..., **options} a layer."""
+
+    model_type = "hybrid_mistral"
+    mixers: list | None = None
+
+
+class HybridQwen2Config(Qwen2Config):
+    """Qwen2's config and `mixers`, one {"name": ..., **options} a layer."""
+
+    model_type = "hybrid_qwen2"
+    mixers: list | None = None
+
+
+class HybridQwen3Config(Qwen3Config):
+    """Qwen3's config and `mixers`, one {"name": ..., **options} a layer."""
+
+    model_type = "hybrid_qwen3"
+    mixers: list | None = None
+
+
+class HybridLlamaModel(HybridModelMixin, LlamaModel):
+    """Llama's decoder with the mixers in place."""
+
+    config_class = HybridLlamaConfig
+    _keep_in_fp32_modules_strict = FP32_PARAMETERS
+
+
+class HybridMistralModel(HybridModelMixin, MistralModel):
+    """Mistral's decoder with the mixers in place."""
+
+    config_class = HybridMistralConfig
+    _keep_in_fp32_modules_strict = FP32_PARAMETERS
+
+
+class HybridQwen2Model(HybridModelMixin, Qwen2Model):
+    """Qwen2's decoder with the mixers in place."""
+
+    config_class = HybridQwen2Config
+    _keep_in_fp32_modules_strict = FP32_PARAMETERS
+
+
+class HybridQwen3Model(HybridModelMixin, Qwen3Model):
+    """Qwen3's decoder with the mixers in place."""
+
+    config_class = HybridQwen3Config
+    _keep_in_fp32_modules_strict = FP32_PARAMETERS
+
+
+class HybridLlamaForCausalLM(HybridCausalMixin, LlamaForCausalLM):
+    """Llama's causal LM over the hybrid decoder."""
+
+    config_class = HybridLlamaConfig
+    decoder_class = HybridLlamaModel
+
+
+class HybridMistralForCausalLM(HybridCausalMixin, MistralForCausalLM):
+    """Mistral's causal LM over the hybrid decoder."""
+
+    config_class = HybridMistralConfig
+    decoder_class = HybridMistralModel
+
+
+class HybridQwen2ForCausalLM(HybridCausalMixin, Qwen2ForCausalLM):
+    """Qwen2's causal LM over the hybrid decoder."""
+
+    config_class = HybridQwen2Config
+    decoder_class = HybridQwen2Model
+
+
+class HybridQwen3ForCausalLM(HybridCausalMixin, Qwen3ForCausalLM):
+    """Qwen3's causal LM over the hybrid decoder."""
+
+    config_class = HybridQwen3Config
+    decoder_class = HybridQwen3Model
+
+
+HYBRIDS = {
+    "llama": (HybridLlamaConfig, HybridLlamaModel, HybridLlamaForCausalLM),
+    "mistral": (HybridMistralConfig, HybridMistralModel, HybridMistralForCausalLM),
+    "qwen2": (HybridQwen2Config, HybridQwen2Model, HybridQwen2ForCausalLM),
+    "qwen3": (HybridQwen3Config, HybridQwen3Model, HybridQwen3ForCausalLM),
+}
+
+for _config, _decoder, _causal in HYBRIDS.values():
+    AutoConfig.register(_config.model_type, _config)
+    AutoModel.register(_config, _decoder)
+    AutoModelForCausalLM.register(_config, _causal)
+
+
+def hybrid_config(base_config: Any, mixers: list[dict[str, Any]]) -> Any:
+    """The hybrid config of a base config: every field carried over, `mixers` added, class and model_type our own."""
+    config_class, _, causal_class = HYBRIDS[base_config.model_type.removeprefix("hybrid_")]
+    fields = base_config.to_dict()
+    for name in ("model_type", "transformers_version", "auto_map", "_name_or_path", "mixers"):
+        fields.pop(name, None)
+    fields["architectures"] = [causal_class.__name__]
+    return config_class(**fields, mixers=[dict(spec) for spec in mixers])
+
+
+def build_model(config: Any) -> Any:
+    """A freshly initialised hybrid causal LM of a hybrid config, in fp32."""
+    return HYBRIDS[config.model_type.removeprefix("hybrid_")][2](config)
