@@ -1,0 +1,374 @@
+"""Hugging Face directories, read as untrusted input and written whole.
+
+Nothing reaches transformers before config, index and every header were checked against the tensors that the
+architecture expects. `lineage.json` is written last: its presence says that a directory of ours is complete.
+"""
+
+import hashlib
+import logging
+import os
+import platform
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from hybridize.core import read_json
+from hybridize.errors import CheckpointError, ConfigError
+from hybridize.modeling import FP32_PARAMETERS
+from hybridize.shards import (
+    Planned,
+    Shard,
+    TensorInfo,
+    index_of,
+    parse_json,
+    plan_shards,
+    read_header,
+    read_tensor,
+    tensor_bytes,
+    write_shard,
+)
+from hybridize.storage import Staging, file_sha256, require_space, write_bytes, write_json, write_text
+from hybridize.untrusted import FLOATS, build_config, inside, read_config, read_small
+from hybridize.version import __version__
+
+log = logging.getLogger(__name__)
+
+WEIGHTS, INDEX, MANIFEST, LINEAGE = (
+    "model.safetensors", "model.safetensors.index.json", "hybridize.manifest.json", "lineage.json",
+)  # fmt: skip
+
+# What goes along with the weights: tokenizer, generation settings, and the licence, which has to.
+COMPANIONS = {
+    "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json",
+    "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json", "generation_config.json",
+}  # fmt: skip
+LICENCES = ("LICENSE", "LICENCE", "NOTICE", "USE_POLICY", "COPYING")
+
+# Tensors that packed formats (GPTQ, AWQ, bitsandbytes, compressed-tensors, fp8) add beside or instead of `weight`.
+PACKED = ("qweight", "qzeros", "scales", "g_idx", "weight_packed", "weight_scale", "weight_scale_inv", "absmax", "SCB")
+# One matrix under two names where the config ties them; a checkpoint stores either or both.
+TIED = ("model.embed_tokens.weight", "lm_head.weight")
+# A buffer that early checkpoints stored; transformers computes it from the config.
+OLD_BUFFER = "rotary_emb.inv_freq"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """A validated directory, base or hybrid. No weights are in memory."""
+
+    path: Path
+    config: Any
+    """The config object of transformers, or ours for a hybrid; its dtype is always set."""
+    raw_config: dict[str, Any]
+    family: str
+    """model_type of the base, a key of FAMILIES."""
+    tensors: dict[str, TensorInfo]
+    ignored: tuple[str, ...]
+    """Stored tensors that the architecture does not have and that carry nothing (old rotary buffers)."""
+    hash: str
+    """sha256 over config.json and the shards' headers: names, dtypes, shapes and places, but not the weights."""
+    other_files: tuple[str, ...]
+    """Files to go along: tokenizer, generation settings, licence."""
+    shapes: dict[str, tuple[int, ...]] = field(repr=False)
+    """Every tensor of the architecture and its shape, in the model's order."""
+
+    @property
+    def is_hybrid(self) -> bool:
+        return self.config.model_type.startswith("hybrid_")
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.config.dtype
+
+    def read(self, name: str) -> Tensor:
+        """One tensor in its stored dtype. Raises CheckpointError when the file changed since it was checked."""
+        return read_tensor(self.tensors[self.stored_name(name)])
+
+    def stored_name(self, name: str) -> str:
+        """The name a tensor of the architecture is stored under: of a tied pair, the one that is there."""
+        if name in TIED and name not in self.tensors and self.config.tie_word_embeddings:
+            return TIED[1 - TIED.index(name)]
+        return name
+
+    def layer(self, index: int) -> dict[str, Tensor]:
+        """Every tensor of a decoder layer, names without `model.layers.<index>.`."""
+        prefix = f"model.layers.{index}."
+        return {name.removeprefix(prefix): self.read(name) for name in self.tensors if name.startswith(prefix)}
+
+
+def skeleton(config: Any) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of every tensor of a config's causal LM, in the model's order; nothing is allocated.
+
+    Raises:
+        ConfigError: a hybrid's `mixers` do not fit.
+    """
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+
+
+def _read_tensors(path: Path) -> tuple[dict[str, TensorInfo], list[tuple[str, bytes]]]:
+    """Every tensor of the directory and (file, header bytes) of each shard."""
+    single, index = os.path.lexists(path / WEIGHTS), os.path.lexists(path / INDEX)
+    if single and index:
+        raise CheckpointError(f"{path}: holds both {WEIGHTS} and {INDEX}, expected one. Remove the stale one")
+    if single:
+        tensors, raw = read_header(inside(path, WEIGHTS))
+        return tensors, [(WEIGHTS, raw)]
+    if not index:
+        pickles = sorted(name for name in os.listdir(path) if name.endswith((".bin", ".pt", ".pth", ".ckpt", ".pkl")))
+        if pickles:
+            raise CheckpointError(
+                f"{path}: {pickles[0]} is pickled weights, which can run code and are refused; expected safetensors. "
+                "Use a revision that has them"
+            )
+        raise CheckpointError(f"{path}: holds neither {WEIGHTS} nor {INDEX}; expected safetensors weights")
+    where = str(path / INDEX)
+    parsed = parse_json(read_small(inside(path, INDEX)), where)
+    weight_map = parsed.get("weight_map") if isinstance(parsed, dict) else None
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{where}: has no weight_map; expected tensor name -> file name. Fetch the file again")
+    files: dict[str, Path] = {}
+    for file in weight_map.values():
+        files[file if isinstance(file, str) else repr(file)] = inside(path, file)
+    tensors, headers = {}, []
+    for file in sorted(files):
+        found, raw = read_header(files[file])
+        headers.append((file, raw))
+        for name, info in found.items():
+            if name in tensors:
+                first = tensors[name].file.name
+                raise CheckpointError(f"{path}: tensor {name!r} is in {first} and in {file}, expected once")
+            if (said := weight_map.get(name)) != file:
+                raise CheckpointError(f"{where}: tensor {name!r} lies in {file}, but the index says {said!r}")
+            tensors[name] = info
+    if missing := [name for name in weight_map if name not in tensors]:
+        said = weight_map[missing[0]]
+        raise CheckpointError(f"{where}: tensor {missing[0]!r} is missing in {said}, where the index puts it")
+    return tensors, headers
+
+
+def _compare(path: Path, tensors: dict[str, TensorInfo], expected: dict[str, tuple[int, ...]], tied: bool) -> tuple[str, ...]:
+    """Refuse missing, extra, misshapen and packed tensors; return the old buffers that may be left behind."""
+    for name, info in tensors.items():
+        if name.rsplit(".", 1)[-1] in PACKED or info.dtype not in FLOATS:
+            raise CheckpointError(
+                f"{path}: tensor {name!r} ({str(info.dtype).removeprefix('torch.')}) is of quantised weights, "
+                "which cannot be converted. Use the checkpoint in bf16, fp16 or fp32"
+            )
+    ignored = tuple(name for name in tensors if name.endswith(OLD_BUFFER) and name not in expected)
+    for name, shape in expected.items():
+        if name not in tensors and not (tied and name in TIED and any(other in tensors for other in TIED)):
+            raise CheckpointError(f"{path}: tensor {name!r} is missing, config.json asks for it. Fetch it again")
+        if name in tensors and (found := tensors[name].shape) != shape:
+            raise CheckpointError(f"{path}: tensor {name!r} has shape {list(found)}, expected {list(shape)}")
+    for name in tensors:
+        if name not in expected and name not in ignored:
+            raise CheckpointError(f"{path}: tensor {name!r} is extra: the model of config.json has no such tensor")
+    return ignored
+
+
+def open_checkpoint(path: Path | str) -> Checkpoint:
+    """Validate a base or hybrid directory and say where its tensors lie. Reads config, index and headers only.
+
+    Raises:
+        CheckpointError: something cannot be trusted or is not supported; the message names the file.
+    """
+    path = Path(path)
+    raw, config_bytes = read_config(path)
+    config = build_config(raw, str(path / "config.json"))
+    tensors, headers = _read_tensors(path)
+    try:
+        expected = skeleton(config)
+    except ConfigError as error:
+        raise CheckpointError(f"{path}: {error}") from error
+    ignored = _compare(path, tensors, expected, bool(config.tie_word_embeddings))
+    if config.dtype is None:
+        config.dtype = tensors["model.norm.weight"].dtype
+    digest = hashlib.sha256(config_bytes)
+    for name, header in headers:
+        digest.update(f"\0{name}\0{len(header)}\0".encode() + header)
+    return Checkpoint(
+        path=path,
+        config=config,
+        raw_config=raw,
+        family=config.model_type.removeprefix("hybrid_"),
+        tensors=tensors,
+        ignored=ignored,
+        hash=digest.hexdigest(),
+        other_files=companions(path),
+        shapes=expected,
+    )
+
+
+def open_base(path: Path | str) -> Checkpoint:
+    """As open_checkpoint, and the directory is not a hybrid already."""
+    base = open_checkpoint(path)
+    if base.is_hybrid:
+        raise CheckpointError(f"{path}: is a hybrid already ({base.config.model_type}). Give the base it came from")
+    return base
+
+
+def load_model(path: Path | str, dtype: torch.dtype | None = None) -> Any:
+    """Validate a base or hybrid directory, then load it with transformers, on the CPU, in eval mode.
+
+    Args:
+        path: the directory.
+        dtype: of the weights in memory; None is the checkpoint's own.
+
+    Raises:
+        CheckpointError: as open_checkpoint; or transformers reports a tensor as missing, unexpected or misshapen.
+    """
+    found = open_checkpoint(path)
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
+        found.path, config=found.config, dtype=dtype or found.dtype, attn_implementation="sdpa", local_files_only=True,
+        use_safetensors=True, trust_remote_code=False, output_loading_info=True,
+    )  # fmt: skip
+    model, info = loaded
+    for key in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if names := sorted(str(name) for name in set(info[key]) - set(found.ignored)):
+            raise CheckpointError(f"{path}: transformers reports {key}: {', '.join(names[:5])}; expected none")
+    return model.eval()
+
+
+def versions() -> dict[str, str]:
+    """The versions that a directory's bytes depend on."""
+    names = ("torch", "transformers", "safetensors")
+    found = {name: metadata.version(name) for name in names}
+    return {"hybridize": __version__, "python": platform.python_version(), **found}
+
+
+def is_complete(folder: Path | str) -> bool:
+    """Whether a directory of ours was finished: lineage.json is there."""
+    return (Path(folder) / LINEAGE).is_file()
+
+
+def read_lineage(folder: Path | str) -> dict[str, Any]:
+    """The lineage.json of a directory of ours.
+
+    Raises:
+        CheckpointError: it is absent (the directory is not complete, or not ours) or cannot be read.
+    """
+    lineage = read_json(Path(folder) / LINEAGE, "the lineage of a directory written by hybridize")
+    if not isinstance(lineage, dict) or not isinstance(lineage.get("base"), dict) or "files" not in lineage:
+        raise CheckpointError(f"{Path(folder) / LINEAGE}: has no base or files; expected one written by hybridize")
+    return lineage
+
+
+def write_lineage(folder: Path, lineage: dict[str, Any]) -> None:
+    """Write lineage.json, the last file of a directory. Adds `files` (name -> sha256) and `versions`."""
+    manifest = read_json(folder / MANIFEST, "the manifest written just before")
+    files = {name: record["sha256"] for name, record in manifest["files"].items()}
+    files[MANIFEST] = file_sha256(folder / MANIFEST)
+    write_json(folder / LINEAGE, {**lineage, "files": files, "versions": versions()})
+
+
+def verify_files(folder: Path | str) -> None:
+    """Hash every file that lineage.json lists. Raises CheckpointError naming the first that differs or is absent."""
+    for name, expected in read_lineage(folder)["files"].items():
+        path = inside(Path(folder), name)
+        if not path.is_file() or file_sha256(path) != expected:
+            raise CheckpointError(f"{path}: is absent or was changed (sha256 differs). Make the folder again")
+
+
+def companions(path: Path) -> tuple[str, ...]:
+    """The files of a directory that go along with its weights. Raises CheckpointError for a link that leads out of it."""
+    names = sorted(name for name in os.listdir(path) if name in COMPANIONS or name.upper().startswith(LICENCES))
+    return tuple(name for name in names if inside(path, name).is_file())
+
+
+def write_manifest(folder: Path, records: dict[str, dict[str, Any]]) -> None:
+    """Write hybridize.manifest.json: sha256 and size of every file.
+
+    Args:
+        folder: the directory.
+        records: shard name -> what write_shard returned; all other files are hashed here.
+    """
+    files = {}
+    for name in sorted(os.listdir(folder)):
+        if name not in (MANIFEST, LINEAGE):
+            path = folder / name
+            record = records.get(name) or {"sha256": file_sha256(path), "bytes": path.stat().st_size}
+            files[name] = {"sha256": record["sha256"], "bytes": record["bytes"]}
+    write_json(folder / MANIFEST, {"files": files})
+
+
+def save_checkpoint(model: Any, tokenizer_dir: Path | str, staging: Staging, lineage: dict[str, Any]) -> None:
+    """Write a live model's directory into `staging`; the caller calls `staging.finish()`.
+
+    Weights are stored in config.dtype, A_log, dt_bias and D in fp32; a tied head is left out. Tokenizer, generation
+    settings and licence come from `tokenizer_dir`. What was written is read back and checked.
+
+    Args:
+        model: a hybrid or base causal LM, on any device.
+        tokenizer_dir: the directory that its companions are copied from.
+        staging: where.
+        lineage: as write_lineage takes it.
+
+    Raises:
+        CheckpointError: a weight is not finite.
+        ConfigError: the disk is full.
+    """
+    config = model.config
+    state = dict(model.state_dict())
+    if config.tie_word_embeddings:
+        state.pop("lm_head.weight", None)
+    dtype = config.dtype or torch.float32
+    planned = [
+        Planned(name=name, dtype=stored_dtype(name, dtype), shape=tuple(tensor.shape), group=group_of(name))
+        for name, tensor in state.items()
+    ]
+    shards = plan_shards(planned)
+    require_space(staging.folder, sum(shard.nbytes for shard in shards))
+
+    def pieces(tensor: Planned) -> Iterator[memoryview]:
+        value = state[tensor.name].detach().to(tensor.dtype)
+        if not is_finite(value):
+            raise CheckpointError(f"{staging.out}: {tensor.name} holds a value that is not finite; nothing was saved")
+        yield tensor_bytes(value)
+
+    records = {shard.name: write_shard(staging.folder, shard, pieces) for shard in shards}
+    finish_directory(staging, config, shards, records, Path(tokenizer_dir), lineage)
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Whether no value is infinite or NaN; by the extremes, which NaN poisons, so that no mask of its size is made."""
+    return tensor.numel() == 0 or all(bool(torch.isfinite(bound)) for bound in torch.aminmax(tensor))
+
+
+def stored_dtype(name: str, dtype: torch.dtype) -> torch.dtype:
+    """The dtype a tensor of a hybrid is stored in: fp32 for what decides the decay, else the model's."""
+    return torch.float32 if name.rsplit(".", 1)[-1] in FP32_PARAMETERS else dtype
+
+
+def group_of(name: str) -> str:
+    """What a tensor shares a shard with: its decoder layer, or nothing but itself."""
+    parts = name.split(".")
+    return ".".join(parts[:3]) if name.startswith("model.layers.") else name
+
+
+def finish_directory(
+    staging: Staging,
+    config: Any,
+    shards: list[Shard],
+    records: dict[str, dict[str, Any]],
+    source: Path,
+    lineage: dict[str, Any],
+) -> None:
+    """What follows the weights: index, config, companions, manifest, lineage; then all is read back and checked."""
+    folder = staging.folder
+    if len(shards) > 1:
+        write_json(folder / INDEX, index_of(shards))
+    write_text(folder / "config.json", config.to_json_string())
+    for name in companions(source):
+        write_bytes(folder / name, read_small(inside(source, name), limit=1 << 30))
+    write_manifest(folder, records)
+    write_lineage(folder, lineage)
+    found = open_checkpoint(folder)
+    assert {tensor.name for shard in shards for tensor in shard.tensors} == set(found.tensors)
