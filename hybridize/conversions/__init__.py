@@ -1,0 +1,22 @@
+"""What runs once: choosing what each layer becomes, and making its weights from the base's.
+
+A conversion is a frozen dataclass of options with
+
+    drops: frozenset[str]     tensors of the source layer that are meant to disappear
+    calibrated: bool          whether it needs the calibration pass over text
+    __call__(source, mixer, config, generator, calibration) -> tensors of the mixer
+
+over the tensors of one layer's attention, names without `model.layers.<i>.self_attn.`.
+"""
+
+from hybridize.registry import Registry
+
+# Keyed by the mixer that it makes.
+CONVERSIONS = Registry(
+    "conversion",
+    {
+        "attention": "hybridize.conversions.keep:Keep",
+        "streaming": "hybridize.conversions.keep:Keep",
+        "mamba2": "hybridize.conversions.mamba2_from_gqa:Mamba2FromGQA",
+    },
+)

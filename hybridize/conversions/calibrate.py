@@ -1,0 +1,157 @@
+"""The calibration pass: text through the base one layer at a time, and through the hybrid as far as it is made.
+
+One layer's weights are in memory, and two streams of activations: the teacher's and the student's. They are one until
+the first converted layer. What each calibrated conversion needs is measured on the way, and its result is written at
+once, so that a killed pass only repeats the forward part.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+from hybridize.checkpoint import Checkpoint, skeleton
+from hybridize.conversions import CONVERSIONS
+from hybridize.conversions.layer import convert_layer, layer_generator
+from hybridize.conversions.plan import build_mixer
+from hybridize.conversions.seed_search import LayerCalibration, materialised
+from hybridize.core import Plan
+from hybridize.errors import ConfigError
+from hybridize.families import family_of
+from hybridize.mixers import MIXERS
+from hybridize.storage import write_bytes
+
+Progress = Callable[[str, float, float], None]
+# Sequences per forward: bounds the MLP's and the attention's temporaries.
+ROWS = 4
+
+
+@torch.no_grad()
+def calibrate(plan: Plan, base: Checkpoint, sequences: Tensor, folder: Path, progress: Progress | None = None) -> dict[int, Path]:
+    """Seed every calibrated layer of a plan on text.
+
+    Args:
+        plan: what each layer becomes.
+        base: the validated base.
+        sequences: token ids, [N, T], int64.
+        folder: where each layer's tensors go, `layer-<index>.safetensors`, names without prefix.
+        progress: called with ("calibrate", layers done, layers).
+
+    Returns:
+        Layer index -> file.
+
+    Raises:
+        ConfigError: token ids that the base's vocabulary does not have.
+
+    Memory: one decoder layer in fp32, and five activations of N * T * D fp32 numbers.
+    """
+    conversions = [CONVERSIONS.build(layer.conversion) for layer in plan.layers]
+    last = max(index for index, conversion in enumerate(conversions) if conversion.calibrated)
+    config = base.config
+    config._attn_implementation = "sdpa"
+    if int(sequences.max()) >= config.vocab_size or int(sequences.min()) < 0:
+        raise ConfigError(
+            f"calibration text has token {int(sequences.max())}, expected 0 to {config.vocab_size - 1}: "
+            "the tokenizer is not the base's"
+        )
+    family = family_of(config)
+    positions = torch.arange(sequences.shape[1])[None]
+    teacher = base.read("model.embed_tokens.weight")[sequences].float()
+    angles = family.rotary(config)(teacher[:1], positions)
+    student = teacher
+    written: dict[int, Path] = {}
+    for index in range(last + 1):
+        layer = _decoder_layer(base, index)
+        spec, conversion = plan.layers[index].mixer, conversions[index]
+        wants = conversion.calibrated
+        shared = student is teacher
+        inputs, context, output, after = _run(layer, teacher, angles, capture=wants)
+        if wants and not shared:
+            inputs = layer.input_layernorm(student)
+            output += teacher - student
+        teacher = after
+        if spec["name"] == "attention":
+            student = after if shared else _run(layer, student, angles, capture=False)[3]
+        else:
+            # Nothing of the layer is needed while its seed is solved, which has matrices of its own.
+            del layer, after
+            mixer = build_mixer(MIXERS.build(spec), config, index)
+            measured = LayerCalibration(inputs=inputs, context=context, target=output) if wants else None
+            del inputs, context, output
+            if wants:
+                written[index] = path = folder / f"layer-{index:05d}.safetensors"
+                if not path.exists():
+                    write_bytes(path, save(_convert(plan, base, conversion, mixer, index, measured)))
+                tensors = load_file(path)
+            else:
+                tensors = _convert(plan, base, conversion, mixer, index, None)
+            del measured
+            if index < last:
+                layer = _decoder_layer(base, index)
+                layer.self_attn = materialised(mixer, {name: t.float() for name, t in tensors.items()})
+                student = _run(layer, student, angles, capture=False)[3]
+        if progress is not None:
+            progress("calibrate", index + 1, last + 1)
+    return written
+
+
+def _convert(plan: Plan, base: Checkpoint, conversion: Any, mixer: Any, index: int, measured: Any) -> dict[str, Tensor]:
+    prefix = f"model.layers.{index}.self_attn."
+    names = [name for name in base.tensors if name.startswith(prefix) and name not in base.ignored]
+    source = {name.removeprefix(prefix): base.read(name) for name in names}
+    generator = layer_generator(plan.seed, index)
+    return convert_layer(conversion, source, mixer, base.config, generator, measured, f"layer {index}")
+
+
+def _decoder_layer(base: Checkpoint, index: int) -> Any:
+    """One of the base's decoder layers with its weights, fp32, in evaluation mode."""
+    with torch.device("meta"):
+        layer = family_of(base.config).decoder_layer(base.config, index)
+    expected = [name for name in skeleton(base.config) if name.startswith(f"model.layers.{index}.")]
+    prefix = f"model.layers.{index}."
+    tensors = {name.removeprefix(prefix): base.read(name).float() for name in expected}
+    layer.load_state_dict(tensors, strict=True, assign=True)
+    return layer.eval()
+
+
+def _run(layer: Any, stream: Tensor, angles: tuple[Tensor, Tensor], capture: bool) -> tuple[Any, Any, Any, Tensor]:
+    """Forward a stream through one layer.
+
+    Args:
+        layer: a decoder layer of the family, in evaluation mode.
+        stream: [N, T, D].
+        angles: cos and sin, [1, T, d].
+        capture: whether to keep what the layer's attention reads and makes.
+
+    Returns:
+        (attention's input [N, T, D], o_proj's input [N, T, H * P], attention's output [N, T, D], the stream after the
+        layer); the first three None without `capture`.
+    """
+    kept: dict[str, Tensor] = {}
+    start = 0
+
+    def keep(name: str, piece: Tensor) -> None:
+        if name not in kept:
+            kept[name] = torch.empty(*stream.shape[:2], piece.shape[-1])
+        kept[name][start : start + len(piece)] = piece
+
+    hooks = []
+    if capture:
+        attention = layer.self_attn
+        hooks = [
+            layer.input_layernorm.register_forward_hook(lambda m, a, out: keep("inputs", out)),
+            attention.o_proj.register_forward_pre_hook(lambda m, a: keep("context", a[0])),
+            attention.register_forward_hook(lambda m, a, out: keep("output", out[0])),
+        ]
+    after = torch.empty_like(stream)
+    try:
+        for start in range(0, stream.shape[0], ROWS):
+            rows = stream[start : start + ROWS]
+            after[start : start + ROWS] = layer(rows, attention_mask=None, position_embeddings=angles)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return kept.get("inputs"), kept.get("context"), kept.get("output"), after

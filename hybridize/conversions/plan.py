@@ -1,0 +1,209 @@
+"""Decide everything: which layer becomes what, at what size and state, and whether a native class can hold it."""
+
+import dataclasses
+from typing import Any
+
+import torch
+
+from hybridize.checkpoint import Checkpoint
+from hybridize.conversions import CONVERSIONS
+from hybridize.conversions.native import native_verdict
+from hybridize.core import LayerPlan, Plan
+from hybridize.errors import ConfigError
+from hybridize.families import FAMILIES
+from hybridize.mixers import MIXERS
+from hybridize.registry import make, suggest
+
+STATE_TOKENS = (1024, 8192, 32768, 131072)
+"""Context lengths at which a plan states its cache bytes."""
+KEEP_KEYS = ("every", "layers", "first", "last")
+NEEDS_SCORES = "needs layer scores, which are not part of this release"
+
+
+def _integer(value: Any, where: str, least: int) -> int:
+    if type(value) is not int or value < least:
+        raise ConfigError(f"{where} is {value!r}, expected an integer >= {least}")
+    return value
+
+
+def _in_range(value: Any, where: str, count: int) -> int:
+    if type(value) is not int or not 0 <= value < count:
+        raise ConfigError(f"{where}: layer {value!r} is out of range: the base has {count} layers, 0 to {count - 1}")
+    return value
+
+
+def kept_layers(keep: Any, count: int) -> set[int]:
+    """Which of `count` layers a recipe's `keep` leaves as attention.
+
+    `all`; `{every: n}`: the last of each group of n, so layers n-1, 2n-1, ...; `{layers: [...]}`: these;
+    `{first: a, last: b}`: the first a and the last b.
+
+    Raises:
+        ConfigError: another form, or a layer that the base does not have.
+    """
+    where = "plan.keep"
+    if keep == "all":
+        return set(range(count))
+    if not isinstance(keep, dict) or not keep:
+        raise ConfigError(f"{where} is {keep!r}, expected `all` or a mapping with {', '.join(KEEP_KEYS)}")
+    if set(keep) & {"count", "by"}:
+        raise ConfigError(f"{where}: {{count, by}} {NEEDS_SCORES}. Use one of {', '.join(KEEP_KEYS)}")
+    if unknown := [key for key in keep if key not in KEEP_KEYS]:
+        raise ConfigError(f"{where}: unknown key {unknown[0]!r}. {suggest(str(unknown[0]), list(KEEP_KEYS))}")
+    if "every" in keep and len(keep) == 1:
+        step = _integer(keep["every"], f"{where}.every", 1)
+        return {index for index in range(count) if index % step == step - 1}
+    if "layers" in keep and len(keep) == 1:
+        if not isinstance(keep["layers"], (list, tuple)):
+            raise ConfigError(f"{where}.layers is {keep['layers']!r}, expected a list of layer numbers")
+        return {_in_range(index, f"{where}.layers", count) for index in keep["layers"]}
+    if set(keep) <= {"first", "last"}:
+        first = _integer(keep.get("first", 0), f"{where}.first", 0)
+        last = _integer(keep.get("last", 0), f"{where}.last", 0)
+        if first + last > count:
+            raise ConfigError(f"{where}: first + last is {first + last}, out of range: the base has {count} layers")
+        return {*range(first), *range(count - last, count)}
+    raise ConfigError(f"{where}: got {', '.join(keep)} together, expected one of every, layers, or first and last")
+
+
+def layer_specs(section: dict[str, Any], count: int) -> list[dict[str, Any]]:
+    """The {"name": ..., **options} of each of `count` layers, as the recipe gives them.
+
+    Raises:
+        ConfigError: an unknown key, a form that contradicts itself, or a layer that the base does not have.
+    """
+    known = ["keep", "mixer", "layers", "budget"]
+    if not isinstance(section, dict):
+        raise ConfigError(f"plan is {section!r}, expected a mapping with {', '.join(known)}")
+    if unknown := [key for key in section if key not in known]:
+        raise ConfigError(f"plan: unknown key {unknown[0]!r}. {suggest(str(unknown[0]), known)}")
+    if "budget" in section:
+        raise ConfigError(f"plan.budget {NEEDS_SCORES}. Use keep and mixer, or layers")
+    if "layers" in section:
+        if "keep" in section or "mixer" in section:
+            raise ConfigError("plan: got layers together with keep or mixer, expected one or the other. Remove one")
+        return _from_layers(section["layers"], count)
+    if "keep" not in section:
+        raise ConfigError("plan.keep is missing. Say which layers stay attention, such as {every: 4}; {layers: []} is none")
+    kept = kept_layers(section["keep"], count)
+    if len(kept) < count and "mixer" not in section:
+        raise ConfigError("plan.mixer is missing. Say what the layers that are not kept become, such as {name: mamba2}")
+    if "mixer" in section:
+        # Checked even where no layer takes it: a recipe's mistake shows with `keep: all` too.
+        split_options(section["mixer"], "plan.mixer")
+    return [{"name": "attention"} if index in kept else section["mixer"] for index in range(count)]
+
+
+def _from_layers(layers: Any, count: int) -> list[dict[str, Any]]:
+    if not isinstance(layers, dict):
+        raise ConfigError(f"plan.layers is {layers!r}, expected a mapping of layer number (or default) to a mixer")
+    named = {}
+    for key, spec in layers.items():
+        if key != "default":
+            # JSON has no integer keys.
+            index = int(key) if isinstance(key, str) and key.isascii() and key.isdigit() else key
+            named[_in_range(index, "plan.layers", count)] = spec
+    if len(named) < count and "default" not in layers:
+        absent = next(index for index in range(count) if index not in named)
+        raise ConfigError(f"plan.layers: layer {absent} is not named and there is no default. Add default: {{name: attention}}")
+    return [named[index] if index in named else layers["default"] for index in range(count)]
+
+
+def split_options(spec: Any, where: str) -> tuple[Any, Any]:
+    """The mixer and the conversion of a recipe's {"name": ..., **options of either}.
+
+    Raises:
+        ConfigError: no such mixer, an option that neither has, or a value of the wrong kind.
+    """
+    if not isinstance(spec, dict) or not isinstance(spec.get("name"), str):
+        raise ConfigError(f"{where}: got {spec!r}, expected a mapping with a name. Known: {', '.join(MIXERS.names())}")
+    name = spec["name"]
+    mixer, conversion = MIXERS.load(name), CONVERSIONS.load(name)
+    runtime = {field.name for field in dataclasses.fields(mixer)}
+    once = {field.name for field in dataclasses.fields(conversion)}
+    assert not runtime & once, f"{name}: an option of both mixer and conversion"
+    for key in spec:
+        if key not in runtime | once | {"name"}:
+            options = suggest(str(key), sorted(runtime | once)) if runtime | once else "It has none"
+            raise ConfigError(f"{where}: mixer {name!r} has no option {key!r}. {options}")
+    label = f"{where}: mixer {name!r}"
+    return (
+        make(mixer, {key: value for key, value in spec.items() if key in runtime}, label),
+        make(conversion, {key: value for key, value in spec.items() if key in once}, label),
+    )
+
+
+def build_mixer(options: Any, config: Any, index: int) -> torch.nn.Module:
+    """The module of a layer on the meta device; the base's own attention where the mixer keeps it."""
+    with torch.device("meta"):
+        module = options.build(config, index)
+        return FAMILIES[config.model_type.removeprefix("hybrid_")].attention(config, index) if module is None else module
+
+
+def plan(base: Checkpoint, section: dict[str, Any], recipe_name: str, seed: int, scores: Any = None) -> Plan:
+    """Decide what every layer becomes. Reads no weights.
+
+    Args:
+        base: the validated base.
+        section: the recipe's `plan`: keep and mixer, or layers.
+        recipe_name: for the record.
+        seed: of whatever a conversion draws at random.
+        scores: layer scores; none are supported yet.
+
+    Returns:
+        Per layer the mixer, the conversion (defaults filled in), parameters and cache bytes; and the native verdict.
+
+    Raises:
+        ConfigError: the section cannot be used; the message names the key or the layer.
+    """
+    if scores is not None:
+        raise ConfigError("scores: layer scores are not part of this release. Leave them out")
+    if type(seed) is not int or seed < 0:
+        raise ConfigError(f"seed is {seed!r}, expected an integer >= 0")
+    config = base.config
+    layers, mixers = [], []
+    for index, spec in enumerate(layer_specs(section, config.num_hidden_layers)):
+        mixer, conversion = split_options(spec, f"plan: layer {index}")
+        mixers.append(mixer)
+        layers.append(
+            LayerPlan(
+                index=index,
+                mixer=MIXERS.spec(spec["name"], mixer),
+                conversion=CONVERSIONS.spec(spec["name"], conversion),
+                parameters=sum(p.numel() for p in build_mixer(mixer, config, index).parameters()),
+                state_bytes={str(tokens): mixer.state_bytes(config, tokens) for tokens in STATE_TOKENS},
+            )
+        )
+    return Plan(
+        base=str(base.path),
+        base_hash=base.hash,
+        family=base.family,
+        recipe=recipe_name,
+        seed=seed,
+        layers=tuple(layers),
+        native=native_verdict(config, [layer.mixer for layer in layers]),
+    )
+
+
+def plan_table(plan: Plan) -> list[dict[str, Any]]:
+    """Rows to print: runs of equal layers merged; parameters and cache bytes are of the whole run."""
+    rows: list[dict[str, Any]] = []
+    runs: list[list[LayerPlan]] = []
+    for layer in plan.layers:
+        if runs and (runs[-1][0].mixer, runs[-1][0].conversion) == (layer.mixer, layer.conversion):
+            runs[-1].append(layer)
+        else:
+            runs.append([layer])
+    for run in runs:
+        first, last = run[0], run[-1]
+        rows.append(
+            {
+                "layers": str(first.index) if first is last else f"{first.index}-{last.index}",
+                "mixer": first.mixer["name"],
+                "options": {key: value for key, value in first.mixer.items() if key != "name"},
+                "conversion": {key: value for key, value in first.conversion.items() if key != "name"},
+                "parameters": sum(layer.parameters for layer in run),
+                "state_bytes": {t: sum(layer.state_bytes[t] for layer in run) for t in first.state_bytes},
+            }
+        )
+    return rows

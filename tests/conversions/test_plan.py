@@ -1,0 +1,176 @@
+"""What a recipe's `plan` section means, what it must not say, and that the plan's figures are the built object's."""
+
+import re
+
+import pytest
+import torch
+from transformers.utils import logging
+
+from hybridize.checkpoint import open_base
+from hybridize.conversions.plan import kept_layers, layer_specs, plan, plan_table
+from hybridize.core import Plan
+from hybridize.errors import ConfigError
+from hybridize.families import FAMILIES
+from hybridize.modeling import build_model, hybrid_config, state_bytes
+from tests.tiny import tiny_base
+
+torch.set_num_threads(1)
+logging.disable_progress_bar()
+
+MAMBA = {"name": "mamba2", "method": "mimetic"}
+WINDOW = {"name": "streaming", "sink_tokens": 0, "window_tokens": 16}
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("bases")
+    return {family: open_base(tiny_base(family, folder)) for family in FAMILIES}
+
+
+@pytest.mark.parametrize(
+    ("keep", "kept"),
+    [
+        ("all", {0, 1, 2, 3, 4, 5, 6, 7, 8, 9}),
+        ({"every": 4}, {3, 7}),
+        ({"every": 1}, {0, 1, 2, 3, 4, 5, 6, 7, 8, 9}),
+        ({"every": 11}, set()),
+        ({"layers": [9, 0]}, {0, 9}),
+        ({"layers": []}, set()),
+        ({"first": 2, "last": 1}, {0, 1, 9}),
+        ({"last": 3}, {7, 8, 9}),
+        ({"first": 4, "last": 6}, {0, 1, 2, 3, 4, 5, 6, 7, 8, 9}),
+    ],
+)
+def test_keep(keep, kept):
+    assert kept_layers(keep, 10) == kept
+
+
+@pytest.mark.parametrize(
+    ("section", "says"),
+    [
+        ({"keep": {"layers": [10]}, "mixer": WINDOW}, "layer 10 is out of range: the base has 10 layers, 0 to 9"),
+        ({"keep": {"layers": [-1]}, "mixer": WINDOW}, "layer -1 is out of range"),
+        ({"keep": {"layers": [True]}, "mixer": WINDOW}, "layer True is out of range"),
+        ({"keep": {"layers": 3}, "mixer": WINDOW}, "expected a list of layer numbers"),
+        ({"keep": {"every": 0}, "mixer": WINDOW}, "plan.keep.every is 0, expected an integer >= 1"),
+        ({"keep": {"first": 6, "last": 5}, "mixer": WINDOW}, "first + last is 11, out of range"),
+        ({"keep": {"every": 2, "first": 1}, "mixer": WINDOW}, "got every, first together"),
+        ({"keep": {"evry": 2}, "mixer": WINDOW}, "unknown key 'evry'. Did you mean 'every'?"),
+        ({"keep": {"count": 7, "by": "lazy"}, "mixer": WINDOW}, "needs layer scores"),
+        ({"keep": "some", "mixer": WINDOW}, "expected `all` or a mapping"),
+        ({"keep": {"every": 2}}, "plan.mixer is missing"),
+        ({"mixer": WINDOW}, "plan.keep is missing"),
+        ({"keep": "all", "mixer": WINDOW, "layers": {}}, "layers together with keep or mixer"),
+        ({"budget": {"state_ratio": 0.5}}, "plan.budget needs layer scores"),
+        ({"kep": "all"}, "plan: unknown key 'kep'. Did you mean 'keep'?"),
+        ({"layers": {3: WINDOW}}, "layer 0 is not named and there is no default"),
+        ({"layers": {10: WINDOW, "default": WINDOW}}, "layer 10 is out of range"),
+        ({"layers": {"ten": WINDOW, "default": WINDOW}}, "layer 'ten' is out of range"),
+        (
+            {"keep": "all", "mixer": {"name": "streaming", "window": 3}},
+            "has no option 'window'. Did you mean 'window_tokens'",
+        ),
+        ({"keep": "all", "mixer": {"name": "gnd"}}, "unknown mixer 'gnd'"),
+        ([], "expected a mapping"),
+    ],
+)
+def test_sections_that_are_refused(section, says):
+    with pytest.raises(ConfigError, match=re.escape(says)):
+        layer_specs(section, 10)
+
+
+@pytest.mark.parametrize(
+    ("spec", "says"),
+    [
+        ({"name": "streaming", "window_tokens": "wide"}, "window_tokens is 'wide', expected int"),
+        ({"name": "streaming", "window_tokens": 0}, "expected >= 0 and >= 1"),
+        ({"name": "mamba2", "method": "magic"}, "method is 'magic', expected one of 'calibrated', 'mimetic'"),
+        ({"name": "mamba2", "taps": 4}, "has no option 'taps'. Known: conv_tokens, heads, method, norm_eps, proj_bias"),
+        ({"name": "attention", "x": 1}, "mixer 'attention' has no option 'x'. It has none"),
+        ("mamba2", "expected a mapping with a name"),
+    ],
+)
+def test_mixers_that_are_refused(bases, spec, says):
+    with pytest.raises(ConfigError, match=re.escape(says)):
+        plan(bases["llama"], {"layers": {"default": spec}}, "test", 0)
+
+
+def test_layers_by_number_or_by_text(bases):
+    section = {"layers": {0: WINDOW, "2": MAMBA, "default": {"name": "attention"}}}
+    names = [layer.mixer["name"] for layer in plan(bases["llama"], section, "test", 0).layers]
+    assert names == ["streaming", "attention", "mamba2"]
+
+
+def test_options_go_to_mixer_or_conversion_with_defaults(bases):
+    section = {"keep": {"layers": []}, "mixer": {**MAMBA, "conv_tokens": 3}}
+    layer = plan(bases["llama"], section, "test", 0).layers[0]
+    assert layer.mixer == {"name": "mamba2", "conv_tokens": 3, "heads": "grouped", "proj_bias": True, "norm_eps": None}
+    assert layer.conversion == {"name": "mamba2", "method": "mimetic"}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("mixer", [WINDOW, MAMBA, {"name": "attention"}])
+def test_figures_are_the_built_models(bases, family, mixer):
+    made = plan(bases[family], {"keep": {"layers": [1]}, "mixer": mixer}, "test", 0)
+    config = hybrid_config(bases[family].config, [layer.mixer for layer in made.layers])
+    layers = build_model(config).model.layers
+    for planned, built in zip(made.layers, layers, strict=True):
+        assert planned.parameters == sum(p.numel() for p in built.self_attn.parameters())
+    for tokens in ("1024", "131072"):
+        assert sum(layer.state_bytes[tokens] for layer in made.layers) == state_bytes(config, int(tokens))
+
+
+def test_json_and_back(bases):
+    made = plan(bases["qwen3"], {"keep": {"every": 2}, "mixer": MAMBA}, "test", 3)
+    back = Plan.from_dict(made.to_dict())
+    assert back == made
+    assert back.digest() == made.digest()
+    assert plan(bases["qwen3"], {"keep": {"every": 2}, "mixer": MAMBA}, "test", 4).digest() != made.digest()
+
+
+def test_table_merges_equal_runs(bases):
+    made = plan(bases["llama"], {"keep": {"last": 1}, "mixer": WINDOW}, "test", 0)
+    rows = plan_table(made)
+    assert [(row["layers"], row["mixer"]) for row in rows] == [("0-1", "streaming"), ("2", "attention")]
+    assert rows[0]["parameters"] == made.layers[0].parameters + made.layers[1].parameters
+    assert rows[0]["state_bytes"]["8192"] == 2 * made.layers[0].state_bytes["8192"]
+    assert rows[0]["options"] == {"sink_tokens": 0, "window_tokens": 16}
+
+
+OTHER_EPS = {**MAMBA, "norm_eps": 1e-3}
+
+
+@pytest.mark.parametrize(
+    ("family", "section", "target", "reason"),
+    [
+        ("llama", {"keep": "all"}, "llama", "every layer is kept"),
+        ("qwen3", {"keep": "all"}, "qwen3", "every layer is kept"),
+        ("llama", {"keep": {"every": 3}, "mixer": MAMBA}, "granitemoehybrid", ""),
+        ("mistral", {"keep": {"every": 3}, "mixer": MAMBA}, "granitemoehybrid", ""),
+        ("qwen2", {"keep": {"every": 3}, "mixer": MAMBA}, "granitemoehybrid", ""),
+        ("qwen3", {"keep": {"every": 3}, "mixer": MAMBA}, "none", "q/k-norms"),
+        ("llama", {"keep": {"every": 3}, "mixer": OTHER_EPS}, "none", "norm_eps is 0.001"),
+        ("llama", {"keep": {"layers": []}, "mixer": MAMBA}, "none", "at least one attention layer"),
+        ("llama", {"keep": {"every": 3}, "mixer": WINDOW}, "ministral", ""),
+        ("qwen2", {"keep": {"every": 3}, "mixer": WINDOW}, "qwen2", ""),
+        ("qwen3", {"keep": {"every": 3}, "mixer": WINDOW}, "qwen3", ""),
+        ("llama", {"keep": {"every": 3}, "mixer": {"name": "streaming"}}, "none", "keeps the first tokens"),
+        (
+            "llama",
+            {"layers": {0: WINDOW, "default": MAMBA}},
+            "none",
+            "no class of transformers mixes mamba2, streaming",
+        ),
+        ("llama", {"layers": {0: WINDOW, "default": {**WINDOW, "window_tokens": 8}}}, "none", "one window"),
+    ],
+)
+def test_native_verdict(bases, family, section, target, reason):
+    verdict = plan(bases[family], section, "test", 0).native
+    assert verdict["target"] == target
+    assert reason in verdict["reason"]
+
+
+def test_native_needs_whole_multiples(tmp_path):
+    base = open_base(tiny_base("llama", tmp_path, head_dim=12))
+    verdict = plan(base, {"keep": {"every": 3}, "mixer": MAMBA}, "test", 0).native
+    assert verdict["reason"].startswith("heads x head_dim = 48 is no multiple of hidden_size = 32")
