@@ -1,0 +1,232 @@
+"""What a training step costs, against a plain cross-entropy step, dense logits and transformers' Trainer, in one run.
+
+    python bench/distill.py --json FILE
+
+Ratios, each of the shortest of several interleaved measurements: `align_over_ce` and `kl_over_ce` are whole steps
+(forward, backward, update) of the two stages over a plain cross-entropy step of the same hybrid, half of whose layers are
+converted (`..._over_base_ce`: of the base); `fused_kl_time` and `fused_kl_peak` are the chunked KL over the dense one,
+forward and backward; `over_trainer` is our loop over Trainer.
+"""
+
+import argparse
+import json
+import logging
+import resource
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+# kernels.py lies beside this script and would pass for Hugging Face's package of that name, which transformers asks for.
+sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+import torch.nn.functional as F  # noqa: E402
+from accelerate import Accelerator  # noqa: E402
+from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments  # noqa: E402
+
+from hybridize.data import Tokens, TrainBlocks  # noqa: E402
+from hybridize.distill.align import Align  # noqa: E402
+from hybridize.distill.kl import KLStage  # noqa: E402
+from hybridize.distill.loop import Run, train  # noqa: E402
+from hybridize.distill.losses.chunked import linear_kl  # noqa: E402
+from hybridize.distill.run import share_frozen  # noqa: E402
+from hybridize.distill.saves import Position, State  # noqa: E402
+from hybridize.modeling import build_model, hybrid_config  # noqa: E402
+
+log = logging.getLogger("bench")
+
+LAYERS, SEQ, ROWS, VOCAB = 8, 256, 2, 2048
+
+
+def config(hidden: int) -> LlamaConfig:
+    return LlamaConfig(
+        vocab_size=VOCAB, hidden_size=hidden, intermediate_size=3 * hidden, num_hidden_layers=LAYERS, num_attention_heads=8,
+        num_key_value_heads=4, head_dim=hidden // 8, max_position_embeddings=1024, dtype="float32",
+    )  # fmt: skip
+
+
+def pair(hidden: int, mixer: str, converted: list[int]) -> tuple:
+    teacher = LlamaForCausalLM(config(hidden)).eval().requires_grad_(False)
+    specs = [{"name": mixer if i in converted else "attention"} for i in range(LAYERS)]
+    student = build_model(hybrid_config(teacher.config, specs)).train()
+    weights = teacher.state_dict()
+    own = student.state_dict()
+    same = {name: weights[name] for name in own if name in weights and weights[name].shape == own[name].shape}
+    student.load_state_dict({**own, **same})
+    return student, teacher
+
+
+def stage_step(options, student, teacher, ids):
+    """A function that takes one whole step of a stage."""
+    student.requires_grad_(False)
+    trained = options.choose(options.candidates(student), "bench")
+    for parameter in trained.values():
+        parameter.requires_grad_(True)
+    share_frozen(student, teacher)
+    micro_step, optimizer = options.start(student, teacher, ids), options.optimizer(trained)
+
+    def step() -> None:
+        micro_step(ids, 1.0)
+        torch.nn.utils.clip_grad_norm_(trained.values(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def plain_step(model, ids):
+    """A function that takes one training step on the text alone, as anyone would write it."""
+    model.train().requires_grad_(True)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+
+    def step() -> None:
+        model(ids, labels=ids, use_cache=False).loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def shortest(steps: dict, repeats: int) -> dict[str, float]:
+    """Seconds of the shortest run of each function; they take turns, so that a busy machine is busy for all."""
+    times = {name: [] for name in steps}
+    for step in steps.values():
+        step()
+    for _ in range(repeats):
+        for name, step in steps.items():
+            began = time.perf_counter()
+            step()
+            times[name].append(time.perf_counter() - began)
+    return {name: min(values) for name, values in times.items()}
+
+
+def stages(hidden: int, mixer: str, repeats: int) -> dict[str, float]:
+    ids = torch.randint(VOCAB, (ROWS, SEQ))
+    common = {"tokens": SEQ * ROWS, "seq_tokens": SEQ, "rows": ROWS}
+    half = list(range(0, LAYERS, 2))
+    mixed = [{"name": "mixer_output"}]
+    steps = {
+        "ce": plain_step(pair(hidden, mixer, half)[0], ids),
+        "base_ce": plain_step(LlamaForCausalLM(config(hidden)), ids),
+        "align": stage_step(Align(**common), *pair(hidden, mixer, half), ids),
+        "align_mixer_only": stage_step(Align(**common, losses=mixed), *pair(hidden, mixer, half), ids),
+        "align_all_layers": stage_step(Align(**common), *pair(hidden, mixer, list(range(LAYERS))), ids),
+        "kl": stage_step(KLStage(**common), *pair(hidden, mixer, half), ids),
+        "kl_attention_student": stage_step(KLStage(**common), *pair(hidden, mixer, []), ids),
+    }
+    times = shortest(steps, repeats)
+    log.info("seconds a step, %s: %s", mixer, {name: round(value, 4) for name, value in times.items()})
+    over = {f"{name}_over_ce": value / times["ce"] for name, value in times.items() if not name.endswith("ce")}
+    over |= {f"{name}_over_base_ce": value / times["base_ce"] for name, value in times.items() if not name.endswith("ce")}
+    return over
+
+
+def peak_above(work) -> int:
+    """Bytes of resident memory that a function adds at its highest point, its second time (Linux)."""
+    work()
+    Path("/proc/self/clear_refs").write_text("5")
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    before = int(status["VmRSS"].split()[0])
+    work()
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return (int(status["VmHWM"].split()[0]) - before) * 1024
+
+
+def fused_kl(repeats: int) -> dict[str, float]:
+    tokens, hidden, vocab = 2048, 512, 16_384
+    teacher, wt = torch.randn(1, tokens, hidden), torch.randn(vocab, hidden) * hidden**-0.5
+    student = (teacher + 0.1 * torch.randn_like(teacher)).requires_grad_()
+    ws = wt.clone().requires_grad_()
+
+    def fused() -> None:
+        linear_kl(student, ws, teacher, wt).backward()
+        student.grad = ws.grad = None
+
+    def dense() -> None:
+        with torch.no_grad():
+            log_p = F.log_softmax(teacher @ wt.T, dim=-1)
+        log_q = F.log_softmax(student @ ws.T, dim=-1)
+        F.kl_div(log_q.flatten(0, 1), log_p.flatten(0, 1), reduction="batchmean", log_target=True).backward()
+        student.grad = ws.grad = None
+
+    peaks = {"fused": peak_above(fused), "dense": peak_above(dense)}
+    times = shortest({"fused": fused, "dense": dense}, repeats)
+    log.info("KL of %d x %d: seconds %s, extra bytes %s", tokens, vocab, times, peaks)
+    return {"fused_kl_time": times["fused"] / times["dense"], "fused_kl_peak": peaks["fused"] / peaks["dense"]}
+
+
+class Rows(torch.utils.data.Dataset):
+    def __init__(self, ids):
+        self.ids = ids
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, index: int) -> dict:
+        return {"input_ids": self.ids[index], "labels": self.ids[index]}
+
+
+def over_trainer(hidden: int, steps: int, repeats: int) -> dict[str, float]:
+    ids = np.random.default_rng(0).integers(VOCAB, size=steps * ROWS * SEQ).astype(np.int32)
+    tokens = Tokens(ids=ids, text_bytes=1, sha256="")
+    options = KLStage(
+        tokens=steps * ROWS * SEQ, seq_tokens=SEQ, rows=ROWS, losses=[{"name": "cross_entropy"}], save_tokens=1 << 40
+    )  # fmt: skip
+    blocks = TrainBlocks(tokens, SEQ, ROWS, 0, None)
+    rows = torch.cat([blocks.batch(step) for step in range(steps)])
+    run = Run(accelerator=Accelerator(cpu=not torch.cuda.is_available()), seed=0, scratch=Path(), metrics=None, progress=None)
+
+    def ours(folder: Path) -> float:
+        model = LlamaForCausalLM(config(hidden)).train()
+        trained = dict(model.named_parameters())
+        micro_step = options.start(model, None, rows[:ROWS])
+        start = State(position=Position(stage=0, step=0), weights={}, moments={})
+        began = time.perf_counter()
+        train(run, 0, "bench", options, micro_step, trained, {}, blocks, start)
+        return time.perf_counter() - began
+
+    def theirs(folder: Path) -> float:
+        trainer = Trainer(
+            model=LlamaForCausalLM(config(hidden)).train(), train_dataset=Rows(rows),
+            args=TrainingArguments(
+                output_dir=str(folder), max_steps=steps, per_device_train_batch_size=ROWS, report_to=[], save_strategy="no",
+                logging_steps=1, disable_tqdm=True, use_cpu=not torch.cuda.is_available(), learning_rate=1e-4,
+                dataloader_pin_memory=False,
+            ),
+        )  # fmt: skip
+        began = time.perf_counter()
+        trainer.train()
+        return time.perf_counter() - began
+
+    times: dict[str, list[float]] = {"ours": [], "theirs": []}
+    with tempfile.TemporaryDirectory() as folder:
+        for _ in range(repeats):
+            times["ours"].append(ours(Path(folder)))
+            times["theirs"].append(theirs(Path(folder)))
+    log.info("seconds for %d steps: %s", steps, times)
+    return {"over_trainer": min(times["ours"]) / min(times["theirs"])}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, required=True)
+    parser.add_argument("--hidden", type=int, default=512)
+    parser.add_argument("--mixer", default="mamba2")
+    parser.add_argument("--repeats", type=int, default=4)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    args = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(0)
+    ratio = {**fused_kl(args.repeats), **stages(args.hidden, args.mixer, args.repeats), **over_trainer(args.hidden, 8, 3)}
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    found = {"ratio": ratio, "peak_rss_bytes": peak, "hidden": args.hidden, "mixer": args.mixer, "threads": args.threads}
+    args.json.write_text(json.dumps(found, indent=2) + "\n")
+    log.info("%s", json.dumps(found, indent=2))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,7 @@
+"""Training a hybrid to answer as its teacher does."""
+
+from hybridize.distill.losses import LOSSES
+from hybridize.distill.run import distill, metrics_path
+from hybridize.distill.stages import STAGES
+
+__all__ = ["LOSSES", "STAGES", "distill", "metrics_path"]

@@ -1,0 +1,67 @@
+"""Stage `kl`: the whole student against the whole teacher, end to end."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hybridize.distill.options import StageOptions, autocast
+from hybridize.distill.signals import Signals
+
+
+@dataclass(frozen=True, kw_only=True)
+class KLStage(StageOptions):
+    """End-to-end distillation; logits are made from the final hidden states, a few hundred tokens at a time.
+
+    Source: stage 2 of the published recipes (MambaInLlama, arXiv 2408.15237; RADLADS, arXiv 2505.03005), with the loss in
+    fp32 and as a mean per token.
+    """
+
+    losses: list[dict[str, Any]] = field(default_factory=lambda: [{"name": "kl", "weight": 1.0}])
+
+    def candidates(self, student: Any) -> dict[str, nn.Parameter]:
+        return dict(student.named_parameters())
+
+    def start(self, student: Any, teacher: Any, first_ids: Tensor) -> "KLStep":
+        """The step of this stage; `first_ids` is not used: nothing is measured beforehand."""
+        return KLStep(self, student, teacher)
+
+
+class KLStep:
+    """One micro-batch: teacher forward, student forward, losses, backward."""
+
+    def __init__(self, options: KLStage, student: Any, teacher: Any):
+        self.options, self.student, self.teacher = options, student, teacher
+        self.losses = options.build_losses({"hidden", "head", "ids"}, "kl")
+        self.needs_teacher = set(self.losses) != {"cross_entropy"}
+        if options.gradient_checkpointing:
+            # The newer name appeared in transformers 5.23, which warns about the older one.
+            newer = hasattr(student, "activation_checkpointing_enable")
+            enable = student.activation_checkpointing_enable if newer else student.gradient_checkpointing_enable
+            enable({"use_reentrant": False})
+
+    def _signals(self, model: Any, ids: Tensor) -> Signals:
+        with autocast(ids.device, self.options):
+            hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state
+        # A residual stream in fp32 would take the head out of the tensor cores' reach.
+        hidden = hidden.to(torch.bfloat16) if self.options.dtype == "bf16" else hidden
+        return Signals(hidden=hidden, head=model.lm_head.weight, ids=ids)
+
+    def __call__(self, ids: Tensor, share: float) -> dict[str, Tensor]:
+        """Add `share` times the gradient of one micro-batch to the trained parameters.
+
+        Args:
+            ids: [B, T], int64.
+            share: this micro-batch's part of the step's tokens.
+
+        Returns:
+            Losses: each by name, and their weighted sum under `loss`.
+        """
+        with torch.no_grad():
+            teacher = self._signals(self.teacher, ids) if self.needs_teacher else Signals()
+        student = self._signals(self.student, ids)
+        parts = {name: loss(student, teacher, None) for name, loss in self.losses.items()}
+        total = torch.stack([loss.weight * parts[name] for name, loss in self.losses.items()]).sum()
+        (total * share).backward()
+        return {"loss": total.detach(), **{name: part.detach() for name, part in parts.items()}}

@@ -1,0 +1,26 @@
+"""Distance of hidden states from the teacher's: a layer's output when aligning, the final ones end to end."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor
+
+from hybridize.distill.signals import Signals, state_error
+
+
+@dataclass(frozen=True, kw_only=True)
+class HiddenState:
+    """Hidden states after the whole layer, MLP included; this weighs a mixer's errors by what the MLP makes of them.
+
+    Source: MOHAWK stage 2 (Bick et al., arXiv 2408.10189); X-EcoMLA (arXiv 2503.11132).
+    """
+
+    weight: float = 1.0
+    norm: Literal["mse", "l2"] = "mse"
+
+    needs = frozenset({"hidden"})
+
+    def __call__(self, student: Signals, teacher: Signals, mask_BT: Tensor | None) -> Tensor:
+        assert student.hidden is not None
+        assert teacher.hidden is not None
+        return state_error(student.hidden, teacher.hidden, teacher.hidden_scale, mask_BT, self.norm)

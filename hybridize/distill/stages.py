@@ -1,0 +1,11 @@
+"""The stages a run is made of."""
+
+from hybridize.registry import Registry
+
+STAGES = Registry(
+    "stage",
+    {
+        "align": "hybridize.distill.align:Align",
+        "kl": "hybridize.distill.kl:KLStage",
+    },
+)

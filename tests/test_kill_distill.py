@@ -1,0 +1,109 @@
+"""SIGKILL at any moment of a distillation, then the same call again: the bytes of a run that was never disturbed."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from hybridize.storage import file_sha256, partial_folder
+from tests.distill.pair import tiny_pair
+
+ROOT = Path(__file__).parents[1]
+
+# One interpreter serves every run of the campaign: each is a fork of it, killed or not, so that no time goes into imports.
+SERVER = """
+import os, sys, torch
+torch.set_num_threads(1)
+from hybridize.distill import distill
+from tests.distill.pair import tiny_tokens
+from tests.distill.test_distill import STAGES
+tokens = tiny_tokens()
+for line in sys.stdin:
+    student, out = line.split()
+    child = os.fork()
+    if child == 0:
+        distill(student, STAGES, tokens, out, resume=True)
+        os._exit(0)
+    print(child, flush=True)
+    # Not reaped before the other side says so: its number stays its own, even when it ends before it is killed.
+    if sys.stdin.readline() == "wait\\n":
+        print(os.waitpid(child, 0)[1], flush=True)
+"""
+
+
+class Server:
+    def __init__(self, log):
+        self.log = log
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", SERVER], cwd=ROOT, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log,
+            env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        )  # fmt: skip
+
+    def run(self, student, out, kill_after=None):
+        """Run distill to its end, or kill it after so many seconds; return its wait status and its time."""
+        began = time.perf_counter()
+        self.process.stdin.write(f"{student} {out}\n")
+        self.process.stdin.flush()
+        child = int(self.process.stdout.readline())
+        if kill_after is not None:
+            time.sleep(max(0.0, began + kill_after - time.perf_counter()))
+            os.kill(child, signal.SIGKILL)
+        self.process.stdin.write("wait\n")
+        self.process.stdin.flush()
+        return int(self.process.stdout.readline()), time.perf_counter() - began
+
+    def close(self):
+        self.process.stdin.close()
+        self.process.stdout.close()
+        self.process.wait(30)
+
+
+@pytest.fixture(scope="module")
+def campaign(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("kill")
+    _, student = tiny_pair(folder)
+    with open(folder / "log", "wb") as log:
+        server = Server(log)
+        status, _ = server.run(student, folder / "whole")
+        assert status == 0, (folder / "log").read_text()[-2000:]
+        _, seconds = server.run(student, folder / "timed")
+        yield folder, student, server, seconds
+        server.close()
+
+
+def hashes(folder):
+    return {path.name: file_sha256(path) for path in sorted(folder.iterdir())}
+
+
+def campaign_of(campaign, count, seed):
+    folder, student, server, seconds = campaign
+    expected = hashes(folder / "whole")
+    draw = random.Random(seed)
+    killed = 0
+    for number in range(count):
+        out = folder / f"out-{seed}-{number}"
+        # A fifth of the runs are killed a second time, while resuming.
+        for _ in range(2 if number % 5 == 0 else 1):
+            status, _ = server.run(student, out, kill_after=draw.uniform(0.02, 1.0) * seconds)
+            killed += os.WIFSIGNALED(status)
+            # Under the final name there is the whole output or nothing.
+            assert not out.exists() or hashes(out) == expected
+        status, _ = server.run(student, out)
+        assert status == 0, (folder / "log").read_text()[-2000:]
+        assert hashes(out) == expected
+        assert not partial_folder(out).exists()
+    assert killed >= count // 2
+
+
+def test_five_kills(campaign):
+    campaign_of(campaign, 5, seed=0)
+
+
+@pytest.mark.slow
+def test_thirty_kills(campaign):
+    campaign_of(campaign, 30, seed=1)
