@@ -1,0 +1,134 @@
+"""Decode speed of a hybrid against its full-attention base, both with random weights, turn by turn in one run.
+
+Weights and cache contents do not change the time of a step, only their shapes do: caches are filled with random numbers
+instead of by a prefill. By default a model that two CPU cores can hold; give --hidden 2048 --layers 16 --heads 32
+--kv-heads 8 --vocab 128256 for the shape of a 1B.
+
+    python bench/decode.py --json decode.json
+"""
+
+import argparse
+import statistics
+import sys
+from pathlib import Path
+from typing import Any
+
+# kernels.py lies beside this script and would pass for Hugging Face's package of that name, which transformers asks for.
+sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import torch  # noqa: E402
+from transformers import LlamaConfig, LlamaForCausalLM  # noqa: E402
+from transformers.cache_utils import DynamicCache, DynamicLayer  # noqa: E402
+
+from hybridize.cache import ForgetfulLayer, SinkWindowLayer, cache_bytes  # noqa: E402
+from hybridize.eval.probes.state_bytes import promised_bytes  # noqa: E402
+from hybridize.eval.table import human_bytes  # noqa: E402
+from hybridize.eval.timing import anonymous_bytes, decode  # noqa: E402
+from hybridize.modeling import build_model, hybrid_config  # noqa: E402
+from hybridize.storage import write_json  # noqa: E402
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, help="write the figures here")
+    parser.add_argument("--contexts", default="1024,8192,32768", help="tokens in the cache, with commas between")
+    parser.add_argument("--mixer", default="mamba2", choices=["mamba2", "streaming"], help="in place of attention")
+    parser.add_argument("--keep-every", type=int, default=4, help="every such layer stays attention")
+    parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--hidden", type=int, default=1024)
+    parser.add_argument("--heads", type=int, default=16)
+    parser.add_argument("--kv-heads", type=int, default=4)
+    parser.add_argument("--vocab", type=int, default=4096)
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--repeats", type=int, default=7, help="rounds; base and hybrid take turns in each")
+    parser.add_argument("--new-tokens", type=int, default=4, help="steps in a round")
+    return parser.parse_args()
+
+
+def models(options: argparse.Namespace) -> dict[str, Any]:
+    """The base and the hybrid, in bf16 on a GPU and in fp32 on a CPU."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    config = LlamaConfig(
+        vocab_size=options.vocab, hidden_size=options.hidden, intermediate_size=options.hidden * 7 // 2,
+        num_hidden_layers=options.layers, num_attention_heads=options.heads, num_key_value_heads=options.kv_heads,
+        max_position_embeddings=131072, tie_word_embeddings=True, dtype=dtype,
+    )  # fmt: skip
+    kept = {"name": "attention"}
+    other = {"name": options.mixer}
+    mixers = [kept if (i + 1) % options.keep_every == 0 else other for i in range(options.layers)]
+    torch.manual_seed(0)
+    hybrid = build_model(hybrid_config(config, mixers))
+    found = {"base": LlamaForCausalLM(config), "hybrid": hybrid}
+    for model in found.values():
+        # What decides the decay stays in fp32, as it does when a checkpoint is loaded.
+        exact = set(model._keep_in_fp32_modules_strict or ())
+        for name, parameter in model.named_parameters():
+            parameter.data = parameter.data.to(device, torch.float32 if name.split(".")[-1] in exact else dtype)
+        model.to(device).eval()
+    return found
+
+
+def fill(entry: Any, slots: int) -> None:
+    """Random keys and values of `slots` tokens in place of what an entry holds."""
+    batch, groups, _, width = entry.keys.shape
+    for name in ("keys", "values"):
+        setattr(entry, name, torch.randn(batch, groups, slots, width).to(entry.keys))
+
+
+@torch.no_grad()
+def filled_cache(model: Any, tokens: int, batch: int) -> DynamicCache:
+    """A cache as after `tokens` tokens, its contents random, held against the promised bytes."""
+    cache = DynamicCache(config=model.config)
+    model(input_ids=torch.zeros(batch, 1, dtype=torch.long, device=model.device), past_key_values=cache, use_cache=True)
+    for entry in cache.layers:
+        if isinstance(entry, ForgetfulLayer):
+            entry.seen = tokens
+        if isinstance(entry, SinkWindowLayer):
+            mixer: Any = next(layer.self_attn for layer in model.model.layers if hasattr(layer.self_attn, "window"))
+            fill(entry, min(tokens, mixer.sink + mixer.window))
+        elif isinstance(entry, DynamicLayer):
+            fill(entry, tokens)
+    held, promised = cache_bytes(cache), batch * promised_bytes(model.config, tokens)
+    assert held == promised, f"cache of {tokens} tokens: {held} bytes, promised {promised}"
+    return cache
+
+
+def measure(options: argparse.Namespace) -> dict[str, Any]:
+    """{"ratio": {context: speed-up}, "rows": [...], "peak_rss_bytes": ...}; ratios are medians over rounds."""
+    pair = models(options)
+    ratio, rows, peak = {}, [], 0
+    print(f"{'context':>8} {'base ms':>9} {'hybrid ms':>10} {'speed-up':>9} {'base cache':>12} {'hybrid cache':>13}")
+    for tokens in (int(word) for word in options.contexts.split(",")):
+        caches = {name: filled_cache(model, tokens, options.batch) for name, model in pair.items()}
+        held = {name: cache_bytes(cache) for name, cache in caches.items()}
+        seconds: dict[str, list[float]] = {name: [] for name in pair}
+        for round_ in range(options.repeats + 1):
+            for name, model in pair.items():
+                taken = decode(model, caches[name], options.batch, options.new_tokens)
+                # The first round warms up.
+                if round_ > 0:
+                    seconds[name].append(taken)
+            peak = max(peak, anonymous_bytes())
+        speedup = statistics.median(b / h for b, h in zip(seconds["base"], seconds["hybrid"], strict=True))
+        median = {name: statistics.median(values) for name, values in seconds.items()}
+        ratio[str(tokens)] = speedup
+        rows.append({"context": tokens, "decode_s": median, "speedup": speedup, "cache_bytes": held})
+        print(
+            f"{tokens:>8} {median['base'] * 1e3:>9.1f} {median['hybrid'] * 1e3:>10.1f} {speedup:>8.2f}x "
+            f"{human_bytes(held['base']):>12} {human_bytes(held['hybrid']):>13}",
+            flush=True,
+        )
+    return {"ratio": ratio, "rows": rows, "peak_rss_bytes": peak}
+
+
+def main() -> None:
+    options = arguments()
+    result = measure(options)
+    settings = {key: value for key, value in vars(options).items() if key != "json"}
+    if options.json is not None:
+        write_json(options.json, result | {"settings": settings, "threads": torch.get_num_threads()})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,137 @@
+"""The eval verb: probes on one checkpoint, into one report."""
+
+import functools
+import logging
+import platform
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoTokenizer
+
+import hybridize
+from hybridize.checkpoint import LINEAGE, load_model, open_checkpoint, read_lineage
+from hybridize.core import Report, digest
+from hybridize.data import Tokens, read_documents, tokenize
+from hybridize.errors import ConfigError
+from hybridize.eval.context import EvalContext, ProbeResult, Progress
+from hybridize.eval.probes import PROBES
+from hybridize.storage import write_json
+
+log = logging.getLogger(__name__)
+
+
+def evaluate(
+    checkpoint: Path | str,
+    probes: list[dict[str, Any]],
+    text: str | Path | Tokens | None = None,
+    base: Path | str | None = None,
+    out: Path | None = None,
+    seed: int = 0,
+    limit: int | None = None,
+    progress: Progress | None = None,
+) -> Report:
+    """Measure a checkpoint.
+
+    On a GPU in the checkpoint's own dtype; on the CPU in fp32, since bf16 there is slow and no nearer to a GPU's.
+
+    Args:
+        checkpoint: a base or hybrid directory.
+        probes: {"name": ..., **options} of each probe.
+        text: held-out text: a source as `hybridize.data.read_documents` takes it, or tokens of this tokenizer.
+        base: directory of the base, for probes that compare; may be the checkpoint itself.
+        out: where to write the report as JSON; None is nowhere.
+        seed: of prompts and of lm-eval.
+        limit: at most so many items in each probe.
+        progress: called with (label, done, total).
+
+    Returns:
+        The report; metric names are flat ("perplexity", "recall@8", "arc_easy/acc", "state_bytes@32768").
+
+    Raises:
+        ConfigError: unknown probes or options, two that give the same metric, or what a probe needs is absent.
+        CheckpointError: the checkpoint or base cannot be used.
+        DataError: the text cannot be used.
+    """
+    if not probes:
+        raise ConfigError("eval: got no probes, expected at least one. Give a recipe with `evaluate`, or --tasks")
+    if limit is not None and limit < 1:
+        raise ConfigError(f"eval: limit is {limit}, expected at least 1")
+    built = [(spec["name"], PROBES.build(spec)) for spec in probes]
+    checkpoint = Path(checkpoint)
+    found = open_checkpoint(checkpoint)
+    model = load_for_test(checkpoint)
+    tokenizer = load_tokenizer(checkpoint)
+    context = EvalContext(
+        checkpoint=checkpoint, model=model, tokenizer=tokenizer, text=_tokens(tokenizer, text, checkpoint),
+        load_base=None if base is None else functools.partial(_base, Path(base), checkpoint, model),
+        seed=seed, limit=limit, progress=progress,
+    )  # fmt: skip
+    result = _measure(built, context)
+    report = Report(
+        checkpoint=str(checkpoint),
+        # The headers of a base say little about its weights, but hashing those would read all of them again.
+        checkpoint_hash=digest(read_lineage(checkpoint)["files"]) if (checkpoint / LINEAGE).is_file() else found.hash,
+        metrics=result.metrics, samples=result.samples, item_hashes=result.item_hashes,
+        versions=_versions(model) | result.versions,
+    )  # fmt: skip
+    if out is not None:
+        write_json(Path(out), report.to_dict())
+    return report
+
+
+def _measure(probes: list[tuple[str, Any]], context: EvalContext) -> ProbeResult:
+    """All probes in order, as one result."""
+    total = ProbeResult(metrics={})
+    for name, probe in probes:
+        result = probe(context)
+        if twice := sorted(set(result.metrics) & set(total.metrics)):
+            raise ConfigError(f"eval: probe {name!r} gives {twice[0]} a second time; expected each metric once")
+        for key, metric in result.metrics.items():
+            log.info("%s: %s %.6g %s", context.checkpoint, key, metric.value, metric.unit)
+        total = ProbeResult(
+            metrics=total.metrics | result.metrics,
+            samples=total.samples | result.samples,
+            item_hashes=total.item_hashes | result.item_hashes,
+            versions=total.versions | result.versions,
+        )
+    return total
+
+
+def load_for_test(path: Path) -> Any:
+    """A checkpoint's model on the best device here: the GPU in its own dtype, else the CPU in fp32."""
+    if torch.cuda.is_available():
+        return load_model(path).to("cuda")
+    return load_model(path, torch.float32)
+
+
+def load_tokenizer(path: Path) -> Any:
+    """The tokenizer of a directory, or None where it has none."""
+    if not any((path / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
+        return None
+    return AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+
+
+def _base(base: Path, checkpoint: Path, model: Any) -> Any:
+    return model if base.resolve() == checkpoint.resolve() else load_for_test(base)
+
+
+def _tokens(tokenizer: Any, text: str | Path | Tokens | None, checkpoint: Path) -> Tokens | None:
+    if text is None or isinstance(text, Tokens):
+        return text
+    if tokenizer is None:
+        raise ConfigError(f"{checkpoint}: has no tokenizer to read {text} with; expected tokenizer.json")
+    return tokenize(tokenizer, read_documents(text))
+
+
+def _versions(model: Any) -> dict[str, str]:
+    return {
+        "hybridize": hybridize.__version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": metadata.version("transformers"),
+        "device": torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else "cpu",
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "threads": str(torch.get_num_threads()),
+    }

@@ -1,0 +1,33 @@
+"""A metric against the baseline's."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from hybridize.core import GateResult, Report
+from hybridize.errors import ConfigError
+from hybridize.eval.lookup import resolve
+
+
+@dataclass(frozen=True, kw_only=True)
+class MaxRatio:
+    """The metric divided by the baseline's must be at most `max`, unrounded."""
+
+    metric: str
+    """Name in the report; without its @N, the largest N that report and baseline share."""
+    max: float
+
+    rule: ClassVar[tuple[str, ...]] = ("metric", "max")
+
+    def __call__(self, report: Report, baseline: Report) -> GateResult:
+        """Judge. Raises ConfigError when the metric is in one of them only, or the baseline's is not above 0."""
+        name = resolve(self.metric, {"report": report, "baseline": baseline})
+        value, base = report.metrics[name].value, baseline.metrics[name].value
+        if not base > 0:
+            raise ConfigError(f"gate 'max_ratio': {name} of the baseline is {base:.6g}, expected above 0; use max_value")
+        ratio = value / base
+        passed = ratio <= self.max
+        detail = (
+            f"{name} is {value:.6g}, {ratio:.6g} times the baseline's {base:.6g}; "
+            f"{'within' if passed else 'above'} the limit of {self.max:g}."
+        )
+        return GateResult(name=f"max_ratio {self.metric}", passed=passed, value=ratio, limit=self.max, detail=detail)

@@ -1,0 +1,62 @@
+"""The before/after table, and how numbers are spelled for people."""
+
+from hybridize.core import Metric, Report
+
+# Rows come in this order; what is not named here follows by name.
+ORDER = (
+    "perplexity", "bits_per_byte", "kl_to_base", "top1_agreement", "recall", "needle", "state_bytes",
+    "prefill_tokens_per_s", "prefill_speedup", "decode_tokens_per_s", "decode_speedup",
+)  # fmt: skip
+
+
+def human_bytes(count: float) -> str:
+    """Such as "1.5 MiB"; exact below 1 KiB."""
+    if count < 1024:
+        return f"{count:g} B"
+    for unit in ("KiB", "MiB", "GiB"):
+        count /= 1024
+        if count < 1024 or unit == "GiB":
+            break
+    return f"{count:.4g} {unit}"
+
+
+def show(metric: Metric) -> str:
+    """A metric as text, with its standard error where it has one."""
+    if metric.unit == "bytes":
+        return human_bytes(metric.value)
+    if metric.unit == "x the base":
+        return f"{metric.value:.2f}x"
+    if metric.unit == "tokens/s":
+        return f"{metric.value:,.0f}"
+    text = f"{metric.value:.4g}"
+    return text if not metric.stderr else f"{text} ± {metric.stderr:.2g}"
+
+
+def _place(name: str) -> tuple[int, str, int]:
+    head, at, tail = name.rpartition("@")
+    head, length = (head, int(tail)) if at and tail.isdigit() else (name, 0)
+    return (ORDER.index(head) if head in ORDER else len(ORDER), head, length)
+
+
+def comparison_table(reports: dict[str, Report]) -> list[list[str]]:
+    """Reports side by side.
+
+    Args:
+        reports: by column name, in column order, such as base, converted, distilled.
+
+    Returns:
+        Rows of text, the heading first: metric, one column for each report, and with more than one report the ratio of
+        the last to the first. What a report does not have is a dash.
+    """
+    columns = list(reports)
+    heading = ["metric", *columns] + ([f"{columns[-1]} / {columns[0]}"] if len(columns) > 1 else [])
+    rows = [heading]
+    for name in sorted({name for report in reports.values() for name in report.metrics}, key=_place):
+        found = [report.metrics.get(name) for report in reports.values()]
+        row = [name, *("-" if metric is None else show(metric) for metric in found)]
+        if len(columns) > 1:
+            first, last = found[0], found[-1]
+            both = first is not None and last is not None and first.value != 0
+            row.append(f"{last.value / first.value:.4g}" if both and first is not None and last is not None else "-")
+        rows.append(row)
+    return rows
