@@ -1,0 +1,1 @@
+"""The bundled small model and the text it was trained on."""
