@@ -1,0 +1,228 @@
+"""The verbs that make something: info, plan, convert, distill, run, demo, generate."""
+
+import os
+from pathlib import Path
+from typing import Annotated, Any, Optional
+
+import typer
+
+from hybridize.cli import shared
+from hybridize.cli.shared import BaseArg, DataOpt, DirArg, OutOpt, RecipeOpt, ResumeOpt, SetOpt, cli
+from hybridize.errors import ConfigError
+
+
+@cli.command()
+def info(checkpoint: Annotated[str, typer.Argument(metavar="DIR", help="Directory, hub id or alias.")]) -> None:
+    """Say what a checkpoint is: family, mixers, parameters, cache bytes, native class."""
+    from hybridize.checkpoint import open_checkpoint
+    from hybridize.conversions.native import native_verdict
+    from hybridize.eval.probes.state_bytes import promised_bytes
+    from hybridize.eval.table import human_bytes
+    from hybridize.hub import resolve_base
+
+    found = open_checkpoint(resolve_base(checkpoint))
+    mixers = found.config.mixers if found.is_hybrid else [{"name": "attention"}] * found.config.num_hidden_layers
+    parameters = 0
+    for shape in found.shapes.values():
+        count = 1
+        for size in shape:
+            count *= size
+        parameters += count
+    if found.config.tie_word_embeddings and "lm_head.weight" in found.shapes:
+        parameters -= found.config.vocab_size * found.config.hidden_size
+    value = {
+        "path": str(found.path), "family": found.family, "hybrid": found.is_hybrid,
+        "dtype": str(found.dtype).removeprefix("torch."),
+        "layers": len(mixers), "mixers": [spec["name"] for spec in mixers], "parameters": parameters,
+        "state_bytes": {str(t): promised_bytes(found.config, t) for t in (1024, 32768, 131072)},
+        "native": native_verdict(found.config, mixers),
+    }  # fmt: skip
+    counts = {name: value["mixers"].count(name) for name in dict.fromkeys(value["mixers"])}
+    shared.screen.table(
+        [
+            ["", ""], ["family", f"{found.family} ({'hybrid' if found.is_hybrid else 'base'}, {value['dtype']})"],
+            ["layers", f"{len(mixers)}: " + ", ".join(f"{n} {name}" for name, n in counts.items())],
+            ["parameters", f"{parameters:,}"],
+            *([f"state at {t} tokens", human_bytes(n)] for t, n in value["state_bytes"].items()),
+            ["native class", f"{value['native']['target']} ({value['native']['reason']})"],
+        ],
+        str(found.path),
+    )  # fmt: skip
+    shared.screen.result(value)
+
+
+@cli.command()
+def plan(
+    base: BaseArg,
+    recipe: RecipeOpt = None,
+    out: Annotated[Optional[Path], typer.Option("--out", help="Write the plan as JSON.")] = None,  # noqa: UP045
+    set_: SetOpt = [],  # noqa: B006
+) -> None:
+    """Decide what each layer becomes, and print it. Reads the config and headers, no weights."""
+    from hybridize.checkpoint import open_base
+    from hybridize.conversions.plan import plan as make_plan
+    from hybridize.hub import resolve_base
+    from hybridize.storage import write_json
+
+    chosen = shared.load(recipe, set_)
+    made = make_plan(open_base(resolve_base(base)), chosen.plan, chosen.name, chosen.seed)
+    if out is not None:
+        write_json(out, made.to_dict())
+    shared.show_plan(made)
+    shared.screen.result(made.to_dict())
+
+
+@cli.command()
+def convert(
+    base: BaseArg,
+    out: OutOpt,
+    recipe: RecipeOpt = None,
+    plan_file: Annotated[Optional[Path], typer.Option("--plan", help="A plan.json instead of a recipe.")] = None,  # noqa: UP045
+    data: DataOpt = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, write nothing.")] = False,
+    resume: ResumeOpt = False,
+    set_: SetOpt = [],  # noqa: B006
+) -> None:
+    """Write the hybrid, out of core. Calibrated seeds need --data."""
+    from hybridize.checkpoint import open_base
+    from hybridize.conversions.convert import convert as run_convert
+    from hybridize.conversions.plan import plan as make_plan
+    from hybridize.core import Plan
+    from hybridize.data import read_documents, tokenize
+    from hybridize.hub import resolve_base
+    from hybridize.pipeline import calibrated_layers, calibration_rows, load_tokenizer
+    from hybridize.recipe import parse_recipe
+
+    if (recipe is None) == (plan_file is None):
+        raise ConfigError("convert: give either --recipe or --plan")
+    folder = resolve_base(base)
+    checkpoint = open_base(folder)
+    if plan_file is not None:
+        if set_:
+            raise ConfigError("--set changes a recipe; a plan is settled. Make a new plan")
+        made, chosen = Plan.read(plan_file), parse_recipe({"name": "plan", "plan": {}}, "plan")
+    else:
+        chosen = shared.load(recipe, set_)
+        made = make_plan(checkpoint, chosen.plan, chosen.name, chosen.seed)
+    text = None
+    if layers := calibrated_layers(made):
+        if data is None:
+            raise ConfigError(
+                f"layer {layers[0]}: its seed is calibrated on text. Give --data TEXT, or --set plan.mixer.method=mimetic"
+            )
+        tokens = tokenize(load_tokenizer(folder), read_documents(data))
+        text = calibration_rows(tokens, chosen, checkpoint.config)
+    summary = run_convert(made, out, text, resume=resume, dry_run=dry_run, progress=shared.screen.progress, base_path=folder)
+    shared.show_plan(made)
+    rows = [["layer", "mixer", "copied", "computed", "dropped"]]
+    for layer in summary.layers:
+        place = "outside" if layer.index is None else str(layer.index)
+        rows.append([place, layer.mixer, str(layer.copied), str(layer.computed), ", ".join(layer.dropped) or "0"])
+    shared.screen.table(rows)
+    done = "would write" if dry_run else "wrote"
+    shared.screen.say(f"{done} {out}: {summary.bytes:,} bytes in {summary.shards} shards; "
+               f"copied {summary.copied}, computed {summary.computed}, dropped {summary.dropped} tensors")  # fmt: skip
+    shared.screen.result({"out": str(out), "dry_run": dry_run, "bytes": summary.bytes, "copied": summary.copied,
+                   "computed": summary.computed, "dropped": summary.dropped, "shards": summary.shards})  # fmt: skip
+
+
+@cli.command()
+def distill(
+    checkpoint: DirArg,
+    out: OutOpt,
+    recipe: RecipeOpt = None,
+    data: DataOpt = None,
+    teacher: Annotated[Optional[str], typer.Option(help="Default: the base that the hybrid's lineage names.")] = None,  # noqa: UP045
+    track: Annotated[Optional[str], typer.Option(help="A tracker for accelerate, such as tensorboard.")] = None,  # noqa: UP045
+    resume: ResumeOpt = False,
+    set_: SetOpt = [],  # noqa: B006
+) -> None:
+    """Train a hybrid against its teacher, stage after stage.
+
+    Several processes: torchrun --nproc_per_node N -m hybridize.distill DIR ... or accelerate launch -m hybridize.distill.
+    """
+    from hybridize.checkpoint import open_checkpoint
+    from hybridize.distill import distill as run_distill
+    from hybridize.pipeline import fitted
+
+    chosen = shared.load(recipe, set_)
+    if data is None:
+        raise ConfigError("--data is missing; give the text to train on")
+    found = open_checkpoint(checkpoint)
+    stages = fitted(chosen.distill, found.config)
+    shown = shared.screen.progress if os.environ.get("RANK", "0") == "0" else None
+    result = run_distill(checkpoint, stages, data, out, teacher=teacher, resume=resume, seed=chosen.seed, progress=shown,
+                         tracker=track)  # fmt: skip
+    if shown is not None:
+        shared.screen.say(f"wrote {result}")
+        shared.screen.result({"out": str(result), "stages": [stage["name"] for stage in stages]})
+
+
+@cli.command()
+def run(
+    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe file, or the name of a built-in one.")],
+    base: Annotated[str, typer.Option(help="Directory, hub id, alias, or 'demo'.")],
+    out: Annotated[Path, typer.Option("--out", help="The working directory.")],
+    data: DataOpt = None,
+    held_out: Annotated[Optional[str], typer.Option(help="Text to evaluate on. Default: a share of --data.")] = None,  # noqa: UP045
+    resume: ResumeOpt = False,
+    set_: SetOpt = [],  # noqa: B006
+) -> None:
+    """Plan, convert, distill, evaluate, gate and report. Steps whose output matches are skipped."""
+    if data is None:
+        raise ConfigError("--data is missing; give the text to calibrate and train on")
+    _run(shared.load(recipe, set_), base, data, out, held_out, resume)
+
+
+def _run(recipe: Any, base: str, data: str, out: Path, held_out: str | None, resume: bool) -> None:
+    from hybridize.hub import resolve_base
+    from hybridize.pipeline import run as run_all
+
+    result = run_all(recipe, resolve_base(base), data, out, held_out=held_out, resume=resume, progress=shared.screen.progress)
+    shared.show_plan(result.plan)
+    shared.screen.say("")
+    shared.screen.table(result.table())
+    shared.screen.say(f"\nreport: {result.html}")
+    if result.verdict is not None:
+        shared.show_verdict(result.verdict)
+    shared.screen.result({"out": str(out), "report": str(result.html), "table": result.table(),
+                   "verdict": None if result.verdict is None else result.verdict.to_dict()})  # fmt: skip
+    if result.verdict is not None and not result.verdict.passed:
+        raise typer.Exit(1)
+
+
+@cli.command()
+def demo(
+    out: Annotated[Path, typer.Option("--out", help="The working directory.")] = Path("demo-run"),
+    long: Annotated[bool, typer.Option("--long", help="Train for about an hour instead of minutes.")] = False,
+    resume: ResumeOpt = False,
+) -> None:
+    """The whole line on the bundled model and the standard library's text: nothing is downloaded."""
+    from hybridize.demo.stdlib_text import write_demo_text
+
+    train, held_out = write_demo_text(out.with_name(out.name + ".text"))
+    _run(shared.load("demo-long" if long else "demo", []), "demo", str(train), out, str(held_out), resume)
+
+
+@cli.command()
+def generate(
+    checkpoint: DirArg,
+    prompt: Annotated[str, typer.Option(help="The text to go on from.")],
+    tokens: Annotated[int, typer.Option(help="New tokens.")] = 64,
+    sample: Annotated[bool, typer.Option("--sample", help="Sample instead of taking the likeliest token.")] = False,
+    seed: int = 0,
+) -> None:
+    """Go on with a prompt."""
+    import torch
+
+    from hybridize.checkpoint import load_model
+    from hybridize.pipeline import load_tokenizer
+
+    model, tokenizer = load_model(checkpoint), load_tokenizer(checkpoint)
+    torch.manual_seed(seed)
+    inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    ids = model.generate(**inputs, max_new_tokens=tokens, do_sample=sample, pad_token_id=pad)
+    text = tokenizer.decode(ids[0], skip_special_tokens=True)
+    shared.screen.say(text)
+    shared.screen.result({"text": text, "tokens": ids[0].tolist()})

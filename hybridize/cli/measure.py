@@ -1,0 +1,116 @@
+"""The verbs that measure: eval, gate, bench, report."""
+
+from pathlib import Path
+from typing import Annotated, Any, Optional
+
+import typer
+
+from hybridize.cli import shared
+from hybridize.cli.shared import DataOpt, DirArg, RecipeOpt, SetOpt, cli
+from hybridize.errors import ConfigError
+
+
+@cli.command("eval")
+def eval_(
+    checkpoint: Annotated[str, typer.Argument(metavar="DIR", help="Directory of a base or hybrid.")],
+    out: Annotated[Optional[Path], typer.Option("--out", help="Write the report as JSON.")] = None,  # noqa: UP045
+    tasks: Annotated[Optional[str], typer.Option(help="lm-eval tasks, with commas between.")] = None,  # noqa: UP045
+    include_path: Annotated[Optional[Path], typer.Option(help="Directory of your own lm-eval YAML tasks.")] = None,  # noqa: UP045
+    recipe: RecipeOpt = None,
+    data: DataOpt = None,
+    base: Annotated[Optional[str], typer.Option(help="For probes that compare. Default: the hybrid's own.")] = None,  # noqa: UP045
+    limit: Annotated[Optional[int], typer.Option(help="At most so many items in each probe.")] = None,  # noqa: UP045
+    set_: SetOpt = [],  # noqa: B006
+) -> None:
+    """Measure a checkpoint: a recipe's probes, lm-eval tasks, or perplexity on --data."""
+    from hybridize.checkpoint import open_checkpoint, read_lineage
+    from hybridize.eval import comparison_table, evaluate
+    from hybridize.hub import resolve_base
+
+    folder = resolve_base(checkpoint)
+    probes: list[dict[str, Any]] = []
+    seed = 0
+    if recipe is not None:
+        chosen = shared.load(recipe, set_)
+        probes, seed = list(chosen.evaluate), chosen.seed
+    if tasks is not None:
+        where = {"include_path": str(include_path)} if include_path is not None else {}
+        probes.append({"name": "lm_eval", "tasks": [t.strip() for t in tasks.split(",") if t.strip()], **where})
+    if not probes and data is not None:
+        probes = [{"name": "perplexity"}]
+    against = resolve_base(base) if base is not None else None
+    if against is None:
+        against = Path(read_lineage(folder)["base"]["location"]) if open_checkpoint(folder).is_hybrid else folder
+    report = evaluate(folder, probes, data, base=against, out=out, seed=seed, limit=limit, progress=shared.screen.progress)
+    shared.screen.table(comparison_table({folder.name or checkpoint: report}))
+    shared.screen.result(report.to_dict())
+
+
+@cli.command()
+def gate(
+    report: Annotated[Path, typer.Argument(help="A report.json.")],
+    baseline: Annotated[Optional[Path], typer.Option(help="The report to compare with.")] = None,  # noqa: UP045
+    recipe: RecipeOpt = None,
+    rule: Annotated[list[str], typer.Option(help="Such as 'max_ratio perplexity 1.05'.")] = [],  # noqa: B006
+    out: Annotated[Optional[Path], typer.Option("--out", help="Write the verdict as JSON.")] = None,  # noqa: UP045
+    set_: SetOpt = [],  # noqa: B006
+) -> None:
+    """Judge a report against a baseline. Exit code 1 when a gate fails."""
+    from hybridize.core import Report
+    from hybridize.eval import gate as judge
+    from hybridize.eval import parse_rule
+
+    gates = [parse_rule(text) for text in rule]
+    if recipe is not None:
+        gates += shared.load(recipe, set_).gates
+    verdict = judge(Report.read(report), None if baseline is None else Report.read(baseline), gates, out)
+    shared.show_verdict(verdict)
+    shared.screen.result(verdict.to_dict())
+    if not verdict.passed:
+        raise typer.Exit(1)
+
+
+@cli.command()
+def bench(
+    checkpoint: DirArg,
+    against: Annotated[Optional[str], typer.Option(help="The base to compare with in the same run.")] = None,  # noqa: UP045
+    contexts: Annotated[str, typer.Option(help="Tokens in the cache, with commas between.")] = "1024,8192",
+    batch: int = 1,
+    repeats: int = 5,
+    out: Annotated[Optional[Path], typer.Option("--out", help="Write the figures as JSON.")] = None,  # noqa: UP045
+) -> None:
+    """Measure prefill and decode speed, peak memory and cache bytes; base and hybrid take turns."""
+    from hybridize.eval import bench as run_bench
+    from hybridize.eval.table import human_bytes
+    from hybridize.hub import resolve_base
+
+    try:
+        lengths = [int(part) for part in contexts.split(",")]
+    except ValueError as error:
+        raise ConfigError(f"--contexts: got {contexts!r}, expected numbers such as 1024,8192") from error
+    other = None if against is None else resolve_base(against)
+    figures = run_bench(checkpoint, other, lengths, batch, out, repeats, progress=shared.screen.progress)
+    rows = [["context", "model", "prefill tokens/s", "decode tokens/s", "cache", "peak"]]
+    for tokens, row in figures["contexts"].items():
+        for name in ("model", "base"):
+            if name in row:
+                at = row[name]
+                rows.append([str(tokens), name, f"{at['prefill_tokens_per_s']:,.0f}", f"{at['decode_tokens_per_s']:,.1f}",
+                             human_bytes(at["cache_bytes"]), human_bytes(at["peak_bytes"])])  # fmt: skip
+        if "decode_speedup" in row:
+            rows.append([str(tokens), "ratio", f"{row['prefill_speedup']:.2f}x", f"{row['decode_speedup']:.2f}x",
+                         f"{row['cache_ratio']:.3f}", f"{row['peak_ratio']:.2f}"])  # fmt: skip
+    shared.screen.table(rows)
+    shared.screen.result(figures)
+
+
+@cli.command()
+def report(
+    work: Annotated[Path, typer.Argument(metavar="WORKDIR", help="The directory of a run.")],
+    out: Annotated[Path, typer.Option("--out", help="The HTML file.")] = Path("report.html"),
+) -> None:
+    """Write the report of a run as one HTML file."""
+    from hybridize.eval import report as write_report
+
+    shared.screen.say(f"wrote {write_report(work, out)}")
+    shared.screen.result({"out": str(out)})

@@ -1,0 +1,70 @@
+"""What the commands share: the application, the screen, the options, and how a recipe, plan or verdict is shown."""
+
+import os
+from pathlib import Path
+from typing import Annotated, Any, Optional
+
+import typer
+
+from hybridize.console import Screen
+from hybridize.errors import ConfigError
+
+# Nothing here may start a download behind the user's back, and no library may draw over our progress.
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+cli = typer.Typer(
+    name="hybridize", no_args_is_help=True, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False,
+    help="Turn a pretrained transformer into a hybrid that costs a fraction of the memory, distil it against the "
+    "original, and prove it.\n\nGlobal: --json (one JSON document on stdout), --quiet, -v.",
+)  # fmt: skip
+# Replaced as a whole by `app` when the global flags are known.
+screen = Screen()
+
+BaseArg = Annotated[str, typer.Argument(metavar="BASE", help="Directory, hub id, alias such as llama-3-8b, or 'demo'.")]
+DirArg = Annotated[Path, typer.Argument(metavar="DIR", help="Directory of a checkpoint.")]
+RecipeOpt = Annotated[Optional[str], typer.Option("--recipe", help="A recipe file, or the name of a built-in one.")]  # noqa: UP045
+SetOpt = Annotated[list[str], typer.Option("--set", metavar="KEY=VALUE", help="Override a recipe key: plan.keep=all.")]
+DataOpt = Annotated[Optional[str], typer.Option("--data", metavar="TEXT", help=".txt, .jsonl, .parquet, glob or hub id.")]  # noqa: UP045
+OutOpt = Annotated[Path, typer.Option("--out", help="Where to write; must not exist yet.")]
+ResumeOpt = Annotated[bool, typer.Option("--resume", help="Go on with what a killed run left.")]
+
+
+def load(source: str | None, overrides: list[str]) -> Any:
+    """A recipe with its overrides, every component checked. Raises ConfigError."""
+    from hybridize.pipeline import check_components
+    from hybridize.recipe import load_recipe
+
+    if source is None:
+        raise ConfigError("--recipe is missing; give a recipe file or a name that `hybridize recipes ls` lists")
+    recipe = load_recipe(source, overrides)
+    check_components(recipe)
+    return recipe
+
+
+def show_plan(plan: Any) -> None:
+    """Print a plan layer by layer, the sums, and its native verdict."""
+    from hybridize.conversions.plan import plan_table
+    from hybridize.eval.table import human_bytes
+
+    rows = [["layers", "mixer", "options", "method", "parameters", "state @1k", "@32k", "@128k"]]
+    for row in plan_table(plan):
+        state = row["state_bytes"]
+        options = ", ".join(f"{key}={value}" for key, value in row["options"].items() if value is not None)
+        method = str(row["conversion"].get("method", "keep"))
+        rows.append(
+            [row["layers"], row["mixer"], options, method, f"{row['parameters']:,}"]
+            + [human_bytes(state[t]) for t in ("1024", "32768", "131072")]
+        )
+    total = {t: sum(layer.state_bytes[t] for layer in plan.layers) for t in ("1024", "32768", "131072")}
+    parameters = sum(layer.parameters for layer in plan.layers)
+    rows.append(["all", "", "", "", f"{parameters:,}", *(human_bytes(total[t]) for t in total)])
+    screen.table(rows, f"{plan.recipe} on {plan.family}")
+    screen.say(f"native class: {plan.native['target']} ({plan.native['reason']})")
+
+
+def show_verdict(verdict: Any) -> None:
+    """Print each gate with its value and limit, then PASS or FAIL."""
+    for result in verdict.gates:
+        screen.say(f"{'pass' if result.passed else 'FAIL'}  {result.name}: {result.detail}")
+    screen.say("PASS" if verdict.passed else "FAIL")

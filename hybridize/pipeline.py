@@ -1,0 +1,220 @@
+"""run: the verbs in order, each skipped when its output already matches. No scheduler, no state but the directory.
+
+WORK/recipe.yaml  plan.json  converted/  distilled/  report-base.json  report-converted.json  report.json
+     verdict.json  report.html
+"""
+
+import dataclasses
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoTokenizer
+
+from hybridize.checkpoint import Checkpoint, is_complete, open_base
+from hybridize.conversions import CONVERSIONS
+from hybridize.conversions.convert import convert
+from hybridize.conversions.plan import plan as make_plan
+from hybridize.core import Plan, Report, Verdict, digest, read_json
+from hybridize.data import Tokens, eval_blocks, read_documents, split_documents, tokenize
+from hybridize.distill import STAGES, distill
+from hybridize.errors import CheckpointError, ConfigError, DataError
+from hybridize.eval import GATES, PROBES, comparison_table, evaluate, gate, report
+from hybridize.recipe import Recipe
+from hybridize.storage import write_json, write_text
+
+log = logging.getLogger(__name__)
+
+Progress = Callable[[str, float, float], None]
+# A text of fewer documents is cut into pieces of this many characters before it is split.
+FEWEST_DOCUMENTS = 40
+PIECE_CHARS = 4_000
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What a run made; reports by column of the table."""
+
+    work: Path
+    plan: Plan
+    reports: dict[str, Report]
+    verdict: Verdict | None
+    html: Path
+
+    def table(self) -> list[list[str]]:
+        return comparison_table(self.reports)
+
+
+def check_components(recipe: Recipe) -> None:
+    """Build every component a recipe names, so that a wrong option is found before any work. Raises ConfigError."""
+    for stage in recipe.distill:
+        STAGES.build(stage)
+    for probe in recipe.evaluate:
+        PROBES.build(probe)
+    for check in recipe.gates:
+        GATES.build(check)
+
+
+def fitted(stages: list[dict[str, Any]], config: Any) -> list[dict[str, Any]]:
+    """Stages with rows no longer than the checkpoint's context, as recipes name no model sizes."""
+    context = getattr(config, "max_position_embeddings", None)
+    out = []
+    for stage in stages:
+        built = STAGES.build(stage)
+        if context and built.seq_tokens > context:
+            log.info("stage %s: rows of %d tokens, the checkpoint's context", stage["name"], context)
+            stage = {**stage, "seq_tokens": context}
+        out.append(stage)
+    return out
+
+
+def calibrated_layers(plan: Plan) -> list[int]:
+    """Layers whose seed needs text."""
+    return [layer.index for layer in plan.layers if CONVERSIONS.build(layer.conversion).calibrated]
+
+
+def load_tokenizer(path: Path) -> Any:
+    """The tokenizer of a checkpoint. Raises CheckpointError when it has none."""
+    if not any((path / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
+        raise CheckpointError(f"{path}: has no tokenizer.json, which is needed to read text; copy the base's beside the weights")
+    return AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+
+
+def pieces(documents: list[str]) -> list[str]:
+    """Documents, cut at line ends when they are too few to be split fairly."""
+    if len(documents) >= FEWEST_DOCUMENTS:
+        return documents
+    out: list[str] = []
+    for document in documents:
+        held: list[str] = []
+        size = 0
+        for line in document.splitlines(keepends=True):
+            held.append(line)
+            size += len(line)
+            if size >= PIECE_CHARS:
+                out.append("".join(held).rstrip("\n"))
+                held, size = [], 0
+        if held:
+            out.append("".join(held).rstrip("\n"))
+    return out
+
+
+def split_text(tokenizer: Any, data: str, held_out: str | None, share: float) -> tuple[Tokens, Tokens]:
+    """Text to train on and text to measure on, as tokens.
+
+    Raises:
+        DataError: one of the two sides would be empty.
+    """
+    documents = pieces(list(read_documents(data)))
+    if held_out is not None:
+        return tokenize(tokenizer, documents), tokenize(tokenizer, list(read_documents(held_out)))
+    train, kept = split_documents(documents, share)
+    if not train or not kept:
+        raise DataError(f"{data}: too little text to hold {share:.0%} out; give text of its own with --held-out")
+    return tokenize(tokenizer, train), tokenize(tokenizer, kept)
+
+
+def calibration_rows(tokens: Tokens, recipe: Recipe, config: Any) -> Tensor:
+    """Rows for calibrated conversions, [N, T] int64, spread evenly over the text."""
+    context = min(recipe.data.calibration_seq_tokens, getattr(config, "max_position_embeddings", None) or 1 << 30)
+    blocks = eval_blocks(tokens, context, tokens.bos_id)
+    wanted = max(1, recipe.data.calibration_tokens // context)
+    if len(blocks) <= wanted:
+        return blocks
+    return blocks[torch.linspace(0, len(blocks) - 1, wanted).long()]
+
+
+def run(
+    recipe: Recipe,
+    base: Path,
+    data: str,
+    out: Path,
+    held_out: str | None = None,
+    resume: bool = False,
+    progress: Progress | None = None,
+) -> RunResult:
+    """Plan, convert, distill, evaluate, gate, report.
+
+    Args:
+        recipe: what to do.
+        base: directory of the base checkpoint.
+        data: text to train on; without `held_out` a share of its documents is kept for evaluation.
+        out: the working directory.
+        held_out: text to evaluate on.
+        resume: go on with a run that was killed; finished steps are skipped either way when they match.
+        progress: called with (label, done, total).
+
+    Returns:
+        Plan, reports by column (base, converted, distilled), the verdict (None without gates) and the report's path.
+
+    Raises:
+        HybridizeError: as the verbs do.
+    """
+    check_components(recipe)
+    checkpoint = open_base(base)
+    plan = make_plan(checkpoint, recipe.plan, recipe.name, recipe.seed)
+    stages = fitted(recipe.distill, checkpoint.config)
+    _claim(out, recipe, plan)
+    train, test = split_text(load_tokenizer(base), data, held_out, recipe.data.held_out_share)
+    log.info("text: %d tokens to train on, %d held out", len(train.ids), len(test.ids))
+
+    converted, distilled = out / "converted", out / "distilled"
+    text = calibration_rows(train, recipe, checkpoint.config) if calibrated_layers(plan) else None
+    convert(plan, converted, text, resume=resume or is_complete(converted), progress=progress, base_path=base)
+    reports = {"base": _measured(recipe, base, base, test, out / "report-base.json", progress)}
+    if stages:
+        reports["converted"] = _measured(recipe, converted, base, test, out / "report-converted.json", progress)
+        distill(converted, stages, train, distilled, teacher=base, resume=resume or is_complete(distilled),
+                seed=recipe.seed, progress=progress)  # fmt: skip
+        final = "distilled"
+    else:
+        distilled, final = converted, "converted"
+    reports[final] = _measured(recipe, distilled, base, test, out / "report.json", progress)
+    verdict = gate(reports[final], reports["base"], recipe.gates, out / "verdict.json") if recipe.gates else None
+    html = report(out, out / "report.html")
+    return RunResult(work=out, plan=plan, reports=reports, verdict=verdict, html=html)
+
+
+def _claim(out: Path, recipe: Recipe, plan: Plan) -> None:
+    """Write recipe and plan, or check that the directory holds the same ones."""
+    path = out / "plan.json"
+    if path.exists():
+        if Plan.read(path).digest() != plan.digest():
+            raise ConfigError(f"{out}: holds the run of another plan. Choose another --out, or remove it")
+    elif out.exists() and any(out.iterdir()):
+        raise ConfigError(f"{out}: not empty, and no run of ours. Choose another --out")
+    out.mkdir(parents=True, exist_ok=True)
+    write_json(path, plan.to_dict())
+    write_text(out / "recipe.yaml", recipe.resolved())
+
+
+def _measured(recipe: Recipe, checkpoint: Path, base: Path, text: Tokens, path: Path, progress: Progress | None) -> Report:
+    """The report on a checkpoint, read from its file when that was made from the same inputs."""
+    probes = recipe.evaluate or [{"name": "perplexity"}]
+    key = digest([probes, text.sha256, recipe.seed, str(checkpoint.resolve()), _weights_key(checkpoint)])
+    stamp = path.with_suffix(".key")
+    if path.exists() and stamp.exists() and stamp.read_text(encoding="utf-8") == key:
+        return Report.read(path)
+    found = evaluate(checkpoint, probes, text, base=base, seed=recipe.seed, progress=progress)
+    # The working directory may move; what a report says of its checkpoint must not name this machine's folders.
+    found = dataclasses.replace(found, checkpoint=checkpoint.name)
+    write_json(path, found.to_dict())
+    write_text(stamp, key)
+    return found
+
+
+def _weights_key(checkpoint: Path) -> Any:
+    lineage = checkpoint / "lineage.json"
+    if lineage.exists():
+        return read_json(lineage, "a lineage")["files"]
+    stats = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in sorted(checkpoint.glob("*.safetensors"))]
+    return [open_base(checkpoint).hash, stats]
+
+
+def base_of(path: Path) -> Checkpoint:
+    """A validated base; kept here so that the command line imports the verbs from one place."""
+    return open_base(path)

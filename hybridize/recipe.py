@@ -1,0 +1,172 @@
+"""Recipes: YAML in, a strict frozen Recipe out. The components named in one are checked by the pipeline, before any work.
+
+A recipe is complete in itself: no inheritance, no model sizes. `--set a.b=c` overrides any key; a number in a path is a
+place in a list (`distill.0.tokens=1000000`).
+"""
+
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from hybridize.errors import ConfigError
+from hybridize.registry import suggest
+
+MAX_BYTES = 1 << 20
+
+
+class Section(BaseModel):
+    """Strict and frozen: an unknown key or a value of another kind is an error."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class DataSection(Section):
+    """How text is split and how much of it calibrates a seed."""
+
+    held_out_share: float = Field(default=0.05, gt=0, lt=1)
+    """Share of the documents, by hash, kept for evaluation where no text of its own is given for that."""
+    calibration_tokens: int = Field(default=12_288, ge=1)
+    calibration_seq_tokens: int = Field(default=256, ge=2)
+
+
+class Recipe(Section):
+    """One method, start to end."""
+
+    name: str
+    about: str = ""
+    seed: int = Field(default=0, ge=0)
+    plan: dict[str, Any]
+    data: DataSection = DataSection()
+    distill: list[dict[str, Any]] = []
+    evaluate: list[dict[str, Any]] = []
+    gates: list[dict[str, Any]] = []
+    push: dict[str, Any] | None = None
+
+    def resolved(self) -> str:
+        """The recipe with every default filled in, as YAML."""
+        return yaml.safe_dump(self.model_dump(), sort_keys=False)
+
+
+class _Loader(yaml.SafeLoader):
+    """SafeLoader that refuses a key given twice and anchors, which a recipe has no use for."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            raise ConfigError("anchors and aliases are not used in recipes; write the value out")
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if not isinstance(key, (str, int)):
+                raise ConfigError(f"line {key_node.start_mark.line + 1}: the key {key!r} is not a word")
+            if key in seen:
+                raise ConfigError(f"line {key_node.start_mark.line + 1}: the key {key!r} is given twice")
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+# YAML 1.1 reads 1e-4 as text; recipes are full of learning rates.
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    __import__("re").compile(r"^[-+]?(\d[\d_]*)(\.[\d_]*)?[eE][-+]?\d+$"),
+    list("-+0123456789"),
+)
+
+
+def parse_yaml(text: str, where: str) -> Any:
+    """Parse YAML safely. Raises ConfigError with the place."""
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}") from error
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f"line {mark.line + 1}: " if mark else ""
+        raise ConfigError(f"{where}: {line}not valid YAML ({getattr(error, 'problem', None) or error})") from error
+    except RecursionError as error:
+        raise ConfigError(f"{where}: nested too deeply") from error
+
+
+def builtin_recipes() -> dict[str, Path]:
+    """Name -> file of the recipes that come with the package."""
+    folder = Path(str(resources.files("hybridize") / "configs"))
+    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+
+
+def load_recipe(source: str | Path, overrides: list[str] | None = None) -> Recipe:
+    """Read a recipe.
+
+    Args:
+        source: a file, or the name of a built-in recipe.
+        overrides: "a.b=value" each, the value in YAML.
+
+    Raises:
+        ConfigError: no such recipe, bad YAML, an unknown key or a value of the wrong kind.
+    """
+    built_in = builtin_recipes()
+    path = Path(source)
+    if str(source) in built_in:
+        path = built_in[str(source)]
+    elif not path.is_file():
+        raise ConfigError(f"no recipe {str(source)!r}: neither a file nor built in. {suggest(str(source), sorted(built_in))}")
+    if path.stat().st_size > MAX_BYTES:
+        raise ConfigError(f"{path}: has {path.stat().st_size} bytes, expected a recipe of at most {MAX_BYTES}")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: not UTF-8 at byte {error.start}, expected a YAML file") from error
+    data = parse_yaml(text, str(path))
+    if not isinstance(data, dict):
+        raise ConfigError(f"{path}: holds {type(data).__name__}, expected a mapping with name, plan, distill, ...")
+    for override in overrides or []:
+        _override(data, override)
+    return parse_recipe(data, str(source))
+
+
+def parse_recipe(data: dict[str, Any], where: str) -> Recipe:
+    """A checked Recipe from plain data. Raises ConfigError naming the key, what was found and what is known."""
+    try:
+        return Recipe.model_validate(data)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(str(part) for part in first["loc"])
+        if first["type"] == "extra_forbidden":
+            known = DataSection if first["loc"][0] == "data" else Recipe
+            raise ConfigError(
+                f"recipe {where}: unknown key {place!r}. {suggest(place.split('.')[-1], sorted(known.model_fields))}"
+            ) from error
+        raise ConfigError(f"recipe {where}: {place}: {first['msg'].lower()}, got {first.get('input')!r}") from error
+
+
+def _override(data: dict[str, Any], text: str) -> None:
+    """Carry out one `a.b=value` on plain data."""
+    path, equals, value = text.partition("=")
+    if not equals or not path:
+        raise ConfigError(f"--set: got {text!r}, expected key=value such as plan.keep=all")
+    keys = path.split(".")
+    place: Any = data
+    for key, following in zip(keys[:-1], keys[1:], strict=True):
+        if isinstance(place, list):
+            place = place[_index(place, key, path)]
+        elif isinstance(place, dict):
+            if not isinstance(place.get(key), (dict, list)):
+                place[key] = [] if following.isdigit() and key in ("distill", "evaluate", "gates") else {}
+            place = place[key]
+        else:
+            raise ConfigError(f"--set {path}: {key!r} is inside a plain value")
+    parsed = parse_yaml(value, f"--set {path}")
+    if isinstance(place, list):
+        place[_index(place, keys[-1], path)] = parsed
+    else:
+        place[keys[-1]] = parsed
+
+
+def _index(items: list[Any], key: str, path: str) -> int:
+    if not key.isdigit() or int(key) >= len(items):
+        raise ConfigError(f"--set {path}: {key!r} is no place in a list of {len(items)}, expected 0 to {len(items) - 1}")
+    return int(key)

@@ -1,0 +1,155 @@
+"""The command line as its user meets it: exit codes, one-line errors, JSON, and the whole line on a tiny model."""
+
+import json
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+
+from hybridize.checkpoint import open_checkpoint
+from hybridize.cli import app
+from tests.tiny import tiny_base
+
+WORDS = ["<s>", "<unk>", *(f"w{i}" for i in range(62))]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    path = tiny_base("llama", tmp_path_factory.mktemp("base"))
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", unk_token="<unk>").save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    path = tmp_path_factory.mktemp("text") / "t.txt"
+    draw = torch.randint(0, 62, (60, 80), generator=torch.Generator().manual_seed(0))
+    path.write_text("\n<|endoftext|>\n".join(" ".join(f"w{int(i)}" for i in row) for row in draw))
+    return path
+
+
+def call(*words, capsys=None):
+    """Run a command; with capsys, what this command alone printed."""
+    if capsys:
+        capsys.readouterr()
+    code = app([str(word) for word in words])
+    out = capsys.readouterr() if capsys else None
+    return code, out
+
+
+SMALL = [
+    "--set", "distill=[{name: align, tokens: 1024, seq_tokens: 32, rows: 4}, {name: kl, tokens: 1024, seq_tokens: 32, rows: 4}]",
+    "--set", "evaluate=[{name: perplexity, context: 32}, {name: kl_to_base, context: 32}, {name: state_bytes}]",
+    "--set", "gates=[{name: max_ratio, metric: perplexity, max: 1.5}, {name: max_ratio, metric: state_bytes, max: 0.6}]",
+]  # fmt: skip
+
+
+def test_the_whole_line_and_then_nothing_to_do(base, text, tmp_path, capsys):
+    words = ["--json", "run", "mamba2", "--base", base, "--data", text, "--out", tmp_path / "w", *SMALL]
+    code, out = call(*words, capsys=capsys)
+    assert code == 0, out.err
+    value = json.loads(out.out)
+    assert value["verdict"]["passed"] is True
+    assert [row[0] for row in value["table"]][1] == "perplexity"
+    names = {"plan.json", "recipe.yaml", "converted", "distilled", "report.json", "report-base.json", "report-converted.json",
+             "verdict.json", "report.html", "distilled.metrics.jsonl"}  # fmt: skip
+    assert names <= {path.name for path in (tmp_path / "w").iterdir()}
+    stamps = {name: (tmp_path / "w" / name).stat().st_mtime_ns for name in ("converted", "distilled", "report.json")}
+    assert call(*words, capsys=capsys)[0] == 0
+    assert stamps == {name: (tmp_path / "w" / name).stat().st_mtime_ns for name in stamps}
+    code, out = call("run", "mamba2", "--base", base, "--data", text, "--out", tmp_path / "w", "--set", "plan.keep=all",
+                     capsys=capsys)  # fmt: skip
+    assert code == 2
+    assert "holds the run of another plan" in out.err
+
+
+def test_a_failed_gate_is_exit_code_one(base, text, tmp_path, capsys):
+    words = ["run", "mamba2", "--base", base, "--data", text, "--out", tmp_path / "w", *SMALL, "--set", "gates.0.max=0.5"]
+    code, out = call(*words, capsys=capsys)
+    assert code == 1
+    assert out.out.rstrip().endswith("FAIL")
+    code, out = call("gate", tmp_path / "w/report.json", "--baseline", tmp_path / "w/report-base.json", "--rule",
+                     "max_ratio perplexity 5", capsys=capsys)  # fmt: skip
+    assert code == 0
+    assert out.out.rstrip().endswith("PASS")
+
+
+def test_verbs_one_by_one(base, text, tmp_path, capsys):
+    code, out = call("plan", base, "--recipe", "streaming", "--out", tmp_path / "p.json", "--json", capsys=capsys)
+    assert code == 0
+    assert len(json.loads(out.out)["layers"]) == 3
+    assert call("convert", base, "--plan", tmp_path / "p.json", "--out", tmp_path / "c", "--dry-run")[0] == 0
+    assert not (tmp_path / "c").exists()
+    assert call("convert", base, "--plan", tmp_path / "p.json", "--out", tmp_path / "c")[0] == 0
+    code, out = call("info", tmp_path / "c", "--json", capsys=capsys)
+    assert json.loads(out.out)["mixers"] == ["streaming", "attention", "streaming"]
+    small = ["--set", "distill=[{name: kl, tokens: 512, seq_tokens: 32, rows: 4}]"]
+    assert call("distill", tmp_path / "c", "--recipe", "streaming", "--data", text, "--out", tmp_path / "d", *small)[0] == 0
+    assert open_checkpoint(tmp_path / "d").is_hybrid
+    code, out = call("eval", tmp_path / "d", "--data", text, "--out", tmp_path / "r.json", "--json", capsys=capsys)
+    assert code == 0
+    assert json.loads(out.out)["metrics"]["perplexity"]["value"] > 1
+    code, out = call("generate", tmp_path / "d", "--prompt", "w1 w2", "--tokens", "5", "--json", capsys=capsys)
+    assert len(json.loads(out.out)["tokens"]) == 8 - 1
+    code, out = call("bench", tmp_path / "d", "--against", base, "--contexts", "16", "--repeats", "1", "--json", capsys=capsys)
+    assert code == 0
+    assert "decode_speedup" in json.loads(out.out)["contexts"]["16"]
+
+
+def test_keep_all_is_the_base_bit_for_bit(base, tmp_path):
+    assert call("convert", base, "--recipe", "streaming", "--set", "plan.keep=all", "--out", tmp_path / "d")[0] == 0
+    ids = torch.arange(3, 40)[None]
+    with torch.no_grad():
+        ours = AutoModelForCausalLM.from_pretrained(tmp_path / "d")(ids).logits
+        theirs = AutoModelForCausalLM.from_pretrained(base)(ids).logits
+    assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["info", "nowhere"], "no such directory"),
+        (["plan", "BASE", "--recipe", "mamba3"], "Did you mean 'mamba2'"),
+        (["plan", "BASE"], "--recipe is missing"),
+        (["plan", "BASE", "--recipe", "mamba2", "--set", "plan.keep.layers=[0]"], "every, layers together"),
+        (["plan", "BASE", "--recipe", "mamba2", "--set", "plan.keep={layers: [9]}"], "9"),
+        (["plan", "BASE", "--recipe", "mamba2", "--set", "plan.mixer.nmae=x"], "has no option 'nmae'"),
+        (["convert", "BASE", "--recipe", "mamba2", "--out", "OUT"], "Give --data"),
+        (["convert", "BASE", "--out", "OUT"], "either --recipe or --plan"),
+        (["run", "mamba2", "--base", "BASE", "--out", "OUT"], "--data is missing"),
+        (["run", "mamba2", "--base", "BASE", "--data", "nothing.txt", "--out", "OUT"], "no such file"),
+        (["eval", "BASE", "--tasks", "no_such_task"], "no_such_task"),
+        (["eval", "BASE"], "got no probes"),
+        (["gate", "nothing.json", "--rule", "max_value perplexity 2"], "no such file"),
+        (["bench", "BASE", "--contexts", "x"], "expected numbers"),
+        (["plan", "BASE", "--nope"], "No such option"),
+        (["nope"], "No such command"),
+    ],
+    ids=lambda value: " ".join(value[:4]) if isinstance(value, list) else "",
+)
+def test_errors_are_one_line_and_exit_code_two(words, message, base, tmp_path, capsys):
+    words = [str(base) if w == "BASE" else str(tmp_path / "out") if w == "OUT" else w for w in words]
+    code, out = call(*words, capsys=capsys)
+    assert code == 2
+    assert message in out.err
+    assert len(out.err.strip().splitlines()) == 1
+    assert out.err.startswith("hybridize: ")
+    assert not (tmp_path / "out" / "converted").exists()
+
+
+def test_help_names_every_verb(capsys):
+    code, out = call("--help", capsys=capsys)
+    assert code == 0
+    for verb in ("recipes", "info", "plan", "convert", "distill", "eval", "gate", "bench", "report", "run", "generate", "demo"):
+        assert f"  {verb} " in out.out
+
+
+def test_recipe_commands(capsys):
+    assert "lighttransfer" in call("recipes", "ls", capsys=capsys)[1].out
+    assert "window_tokens" in call("recipes", "show", "streaming", capsys=capsys)[1].out
+    assert call("recipes", "validate", "mamba2")[0] == 0
+    schema = json.loads(call("recipes", "schema", "--json", capsys=capsys)[1].out)
+    assert "mamba2" in schema["components"]["mixers"]
