@@ -285,6 +285,7 @@ class Staging:
                     "Remove it, or run that job again with --resume"
                 )
             if self.folder.exists():
+                self._remove_unfinished(journal)
                 return journal
             # Killed before the first file or after the last: there is nothing of the output here.
             shutil.rmtree(self.scratch, ignore_errors=True)
@@ -293,6 +294,12 @@ class Staging:
         journal = {"identity": self.identity, "finished": {}}
         write_json(path, journal)
         return journal
+
+    def _remove_unfinished(self, journal: dict[str, Any]) -> None:
+        # A file that the kill cut short, or the temporary name of one, would end up in the output's manifest.
+        for name in set(os.listdir(self.folder)) - journal["finished"].keys():
+            log.debug("%s: not finished by the run before; removed", self.folder / name)
+            (self.folder / name).unlink()
 
     def finished(self, name: str) -> dict[str, Any] | None:
         """The record of a finished file, after its bytes were hashed again; None when it is yet to be written."""

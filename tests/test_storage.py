@@ -121,6 +121,14 @@ def test_unfinished_run_needs_resume_and_the_same_job(tmp_path):
     assert left.folder.exists()
 
 
+def test_what_the_journal_does_not_list_is_gone_on_resume(tmp_path):
+    left = unfinished(tmp_path / "out")
+    (left.folder / "b").write_text("whole, but nobody said so")
+    (left.folder / ".manifest.json.tmp").write_text("cut sh")
+    with staged(tmp_path / "out", resume=True) as staging:
+        assert os.listdir(staging.folder) == ["a"]
+
+
 def test_changed_file_is_not_believed(tmp_path):
     left = unfinished(tmp_path / "out")
     (left.folder / "a").write_text("finishes")

@@ -217,9 +217,6 @@ def share_frozen(student: nn.Module, teacher: nn.Module) -> int:
 
 
 def _write(student_dir: Path, weights: dict[str, Tensor], staging: Staging, lineage: dict[str, Any]) -> None:
-    # A leftover of a run that was killed while writing its output; every file is written anew.
-    for leftover in staging.folder.iterdir():
-        leftover.unlink()
     model = load_model(student_dir)
     parameters = dict(model.named_parameters())
     with torch.no_grad():

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 from transformers.utils import logging
 
-from hybridize import shards
+from hybridize import shards, storage
 from hybridize.checkpoint import load_model, open_base, read_lineage, verify_files
 from hybridize.conversions.convert import convert
 from hybridize.conversions.keep import Keep
@@ -148,6 +148,34 @@ def test_resumed_bytes_are_those_of_an_undisturbed_run(base, tmp_path, monkeypat
     assert not partial_folder(tmp_path / "out").exists()
     # Once complete, the same command with resume finds nothing to do.
     assert convert(made, tmp_path / "out", resume=True).resumed_shards > 3
+
+
+def test_stopped_before_any_rename_the_resumed_bytes_are_the_same(base, tmp_path, monkeypatch):
+    """Every file has a moment at which its bytes lie under a temporary name; no resumed run may take that one along."""
+    made = plan(open_base(base), MAMBA, "test", 0)
+    convert(made, tmp_path / "whole")
+    replace, stopped = os.replace, 0
+    while True:
+        left = [stopped]
+
+        def failing(source, target, left=left):
+            if left[0] == 0:
+                raise Broken
+            left[0] -= 1
+            replace(source, target)
+
+        out = tmp_path / f"out-{stopped}"
+        with monkeypatch.context() as patch:
+            patch.setattr(storage.os, "replace", failing)
+            try:
+                convert(made, out, workers=1)
+                break
+            except Broken:
+                stopped += 1
+        convert(made, out, resume=True)
+        assert hashes(out) == hashes(tmp_path / "whole")
+    # Of the journal (twice), weights, config, generation config, tokenizer, manifest and lineage.
+    assert stopped == 8
 
 
 def test_resume_does_not_mix_two_bases_of_one_shape(base, tmp_path, monkeypatch, small_shards):
