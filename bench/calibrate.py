@@ -22,8 +22,7 @@ def child(base: str, out: str, sequences: int, tokens: int) -> None:
     import torch
 
     from hybridize.checkpoint import open_base
-    from hybridize.conversions.convert import convert
-    from hybridize.conversions.plan import plan
+    from hybridize.conversions import convert, plan
 
     text = torch.randint(1, 32768, (sequences, tokens), generator=torch.Generator().manual_seed(0))
     start = time.perf_counter()

@@ -68,8 +68,7 @@ def make_base(path: Path, gib: float) -> int:
 def child(base: str, out: str, mixer: str) -> None:
     """One conversion; prints seconds and peak resident bytes as JSON."""
     from hybridize.checkpoint import open_base
-    from hybridize.conversions.convert import convert
-    from hybridize.conversions.plan import plan
+    from hybridize.conversions import convert, plan
 
     start = time.perf_counter()
     section = {"keep": {"every": 2}, "mixer": json.loads(mixer)}

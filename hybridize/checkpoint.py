@@ -4,13 +4,12 @@ Nothing reaches transformers before config, index and every header were checked 
 architecture expects. `lineage.json` is written last: its presence says that a directory of ours is complete.
 """
 
+import dataclasses
 import hashlib
 import logging
 import os
-import platform
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +17,8 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from hybridize.core import read_json
 from hybridize.errors import CheckpointError, ConfigError
+from hybridize.lineage import write_lineage, write_manifest
 from hybridize.modeling import FP32_PARAMETERS
 from hybridize.shards import (
     Planned,
@@ -33,15 +32,14 @@ from hybridize.shards import (
     tensor_bytes,
     write_shard,
 )
-from hybridize.storage import Staging, file_sha256, require_space, write_bytes, write_json, write_text
+from hybridize.storage import Staging, require_space, write_bytes, write_json, write_text
 from hybridize.untrusted import FLOATS, build_config, inside, read_config, read_small
-from hybridize.version import __version__
 
 log = logging.getLogger(__name__)
 
-WEIGHTS, INDEX, MANIFEST, LINEAGE = (
-    "model.safetensors", "model.safetensors.index.json", "hybridize.manifest.json", "lineage.json",
-)  # fmt: skip
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+
+PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 # What goes along with the weights: tokenizer, generation settings, and the licence, which has to.
 COMPANIONS = {
@@ -59,8 +57,8 @@ OLD_BUFFER = "rotary_emb.inv_freq"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Checkpoint:
-    """A validated directory, base or hybrid. No weights are in memory."""
+class Described:
+    """What a directory's config.json says; all that a plan needs."""
 
     path: Path
     config: Any
@@ -68,13 +66,8 @@ class Checkpoint:
     raw_config: dict[str, Any]
     family: str
     """model_type of the base, a key of FAMILIES."""
-    tensors: dict[str, TensorInfo]
-    ignored: tuple[str, ...]
-    """Stored tensors that the architecture does not have and that carry nothing (old rotary buffers)."""
-    hash: str
-    """sha256 over config.json and the shards' headers: names, dtypes, shapes and places, but not the weights."""
-    other_files: tuple[str, ...]
-    """Files to go along: tokenizer, generation settings, licence."""
+    config_hash: str
+    """sha256 of config.json."""
     shapes: dict[str, tuple[int, ...]] = field(repr=False)
     """Every tensor of the architecture and its shape, in the model's order."""
 
@@ -85,6 +78,19 @@ class Checkpoint:
     @property
     def dtype(self) -> torch.dtype:
         return self.config.dtype
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint(Described):
+    """A validated directory, base or hybrid. No weights are in memory."""
+
+    tensors: dict[str, TensorInfo]
+    ignored: tuple[str, ...]
+    """Stored tensors that the architecture does not have and that carry nothing (old rotary buffers)."""
+    hash: str
+    """sha256 over config.json and the shards' headers: names, dtypes, shapes and places, but not the weights."""
+    other_files: tuple[str, ...]
+    """Files to go along: tokenizer, generation settings, licence."""
 
     def read(self, name: str) -> Tensor:
         """One tensor in its stored dtype. Raises CheckpointError when the file changed since it was checked."""
@@ -122,7 +128,7 @@ def _read_tensors(path: Path) -> tuple[dict[str, TensorInfo], list[tuple[str, by
         tensors, raw = read_header(inside(path, WEIGHTS))
         return tensors, [(WEIGHTS, raw)]
     if not index:
-        pickles = sorted(name for name in os.listdir(path) if name.endswith((".bin", ".pt", ".pth", ".ckpt", ".pkl")))
+        pickles = sorted(name for name in os.listdir(path) if name.endswith(PICKLED))
         if pickles:
             raise CheckpointError(
                 f"{path}: {pickles[0]} is pickled weights, which can run code and are refused; expected safetensors. "
@@ -181,38 +187,64 @@ def open_checkpoint(path: Path | str) -> Checkpoint:
         CheckpointError: something cannot be trusted or is not supported; the message names the file.
     """
     path = Path(path)
-    raw, config_bytes = read_config(path)
-    config = build_config(raw, str(path / "config.json"))
+    found, config_bytes = _describe(path)
     tensors, headers = _read_tensors(path)
-    try:
-        expected = skeleton(config)
-    except ConfigError as error:
-        raise CheckpointError(f"{path}: {error}") from error
-    ignored = _compare(path, tensors, expected, bool(config.tie_word_embeddings))
-    if config.dtype is None:
-        config.dtype = tensors["model.norm.weight"].dtype
+    ignored = _compare(path, tensors, found.shapes, bool(found.config.tie_word_embeddings))
+    if found.config.dtype is None:
+        found.config.dtype = tensors["model.norm.weight"].dtype
     digest = hashlib.sha256(config_bytes)
     for name, header in headers:
         digest.update(f"\0{name}\0{len(header)}\0".encode() + header)
-    return Checkpoint(
-        path=path,
-        config=config,
-        raw_config=raw,
-        family=config.model_type.removeprefix("hybrid_"),
-        tensors=tensors,
-        ignored=ignored,
-        hash=digest.hexdigest(),
-        other_files=companions(path),
-        shapes=expected,
-    )
+    said = {field.name: getattr(found, field.name) for field in dataclasses.fields(Described)}
+    return Checkpoint(**said, tensors=tensors, ignored=ignored, hash=digest.hexdigest(), other_files=companions(path))
+
+
+def _describe(path: Path) -> tuple[Described, bytes]:
+    """What config.json says, its dtype left None where it names none; and the bytes of config.json."""
+    raw, data = read_config(path)
+    config = build_config(raw, str(path / "config.json"))
+    try:
+        shapes = skeleton(config)
+    except ConfigError as error:
+        raise CheckpointError(f"{path}: {error}") from error
+    family = config.model_type.removeprefix("hybrid_")
+    sha = hashlib.sha256(data).hexdigest()
+    return Described(path=path, config=config, raw_config=raw, family=family, config_hash=sha, shapes=shapes), data
+
+
+def describe(path: Path | str) -> Described:
+    """As open_checkpoint where weights are; a directory of a config.json alone is taken at its word.
+
+    Raises:
+        CheckpointError: as open_checkpoint; or there are no weights and config.json names no dtype.
+    """
+    path = Path(path)
+    if not path.is_dir() or any(name.endswith((".safetensors", INDEX, *PICKLED)) for name in os.listdir(path)):
+        return open_checkpoint(path)
+    found, _ = _describe(path)
+    if found.config.dtype is None:
+        raise CheckpointError(f"{path / 'config.json'}: names no dtype, and no weights say it. Add torch_dtype, such as bfloat16")
+    log.info("%s: no weights here; planned by config.json alone", path)
+    return found
 
 
 def open_base(path: Path | str) -> Checkpoint:
     """As open_checkpoint, and the directory is not a hybrid already."""
     base = open_checkpoint(path)
-    if base.is_hybrid:
-        raise CheckpointError(f"{path}: is a hybrid already ({base.config.model_type}). Give the base it came from")
+    _refuse_hybrid(base)
     return base
+
+
+def describe_base(path: Path | str) -> Described:
+    """As describe, and the directory is not a hybrid already."""
+    base = describe(path)
+    _refuse_hybrid(base)
+    return base
+
+
+def _refuse_hybrid(base: Described) -> None:
+    if base.is_hybrid:
+        raise CheckpointError(f"{base.path}: is a hybrid already ({base.config.model_type}). Give the base it came from")
 
 
 def load_model(path: Path | str, dtype: torch.dtype | None = None) -> Any:
@@ -237,66 +269,10 @@ def load_model(path: Path | str, dtype: torch.dtype | None = None) -> Any:
     return model.eval()
 
 
-def versions() -> dict[str, str]:
-    """The versions that a directory's bytes depend on."""
-    names = ("torch", "transformers", "safetensors")
-    found = {name: metadata.version(name) for name in names}
-    return {"hybridize": __version__, "python": platform.python_version(), **found}
-
-
-def is_complete(folder: Path | str) -> bool:
-    """Whether a directory of ours was finished: lineage.json is there."""
-    return (Path(folder) / LINEAGE).is_file()
-
-
-def read_lineage(folder: Path | str) -> dict[str, Any]:
-    """The lineage.json of a directory of ours.
-
-    Raises:
-        CheckpointError: it is absent (the directory is not complete, or not ours) or cannot be read.
-    """
-    lineage = read_json(Path(folder) / LINEAGE, "the lineage of a directory written by hybridize")
-    if not isinstance(lineage, dict) or not isinstance(lineage.get("base"), dict) or "files" not in lineage:
-        raise CheckpointError(f"{Path(folder) / LINEAGE}: has no base or files; expected one written by hybridize")
-    return lineage
-
-
-def write_lineage(folder: Path, lineage: dict[str, Any]) -> None:
-    """Write lineage.json, the last file of a directory. Adds `files` (name -> sha256) and `versions`."""
-    manifest = read_json(folder / MANIFEST, "the manifest written just before")
-    files = {name: record["sha256"] for name, record in manifest["files"].items()}
-    files[MANIFEST] = file_sha256(folder / MANIFEST)
-    write_json(folder / LINEAGE, {**lineage, "files": files, "versions": versions()})
-
-
-def verify_files(folder: Path | str) -> None:
-    """Hash every file that lineage.json lists. Raises CheckpointError naming the first that differs or is absent."""
-    for name, expected in read_lineage(folder)["files"].items():
-        path = inside(Path(folder), name)
-        if not path.is_file() or file_sha256(path) != expected:
-            raise CheckpointError(f"{path}: is absent or was changed (sha256 differs). Make the folder again")
-
-
 def companions(path: Path) -> tuple[str, ...]:
     """The files of a directory that go along with its weights. Raises CheckpointError for a link that leads out of it."""
     names = sorted(name for name in os.listdir(path) if name in COMPANIONS or name.upper().startswith(LICENCES))
     return tuple(name for name in names if inside(path, name).is_file())
-
-
-def write_manifest(folder: Path, records: dict[str, dict[str, Any]]) -> None:
-    """Write hybridize.manifest.json: sha256 and size of every file.
-
-    Args:
-        folder: the directory.
-        records: shard name -> what write_shard returned; all other files are hashed here.
-    """
-    files = {}
-    for name in sorted(os.listdir(folder)):
-        if name not in (MANIFEST, LINEAGE):
-            path = folder / name
-            record = records.get(name) or {"sha256": file_sha256(path), "bytes": path.stat().st_size}
-            files[name] = {"sha256": record["sha256"], "bytes": record["bytes"]}
-    write_json(folder / MANIFEST, {"files": files})
 
 
 def save_checkpoint(model: Any, tokenizer_dir: Path | str, staging: Staging, lineage: dict[str, Any]) -> None:

@@ -63,7 +63,7 @@ class Plan:
     base: str
     """Local path of the base checkpoint, as given."""
     base_hash: str
-    """sha256 of the base's config.json and tensor headers: a plan is for one base."""
+    """sha256 of the base's config.json: a plan is for one architecture, and needs no weights."""
     family: str
     """model_type of the base, a key of FAMILIES."""
     recipe: str

@@ -29,8 +29,11 @@ ALIASES = {
     "qwen3-8b": "Qwen/Qwen3-8B",
 }
 DEMO = "demo"
-# All a conversion reads. Pickled weights and code are not even fetched.
-PATTERNS = ["*.safetensors", "*.json", "tokenizer*", "*.model", "merges.txt", "LICENSE*", "NOTICE*", "USE_POLICY*"]
+# All a plan reads, and all a conversion reads. Pickled weights and code are not even fetched.
+CONFIG_ONLY = ["config.json", "LICENSE*", "NOTICE*", "USE_POLICY*"]
+PATTERNS = [*CONFIG_ONLY, "*.safetensors", "*.json", "tokenizer*", "*.model", "merges.txt"]
+# Second copies of the weights, in other layouts.
+ELSEWHERE = ["consolidated*", "*/*"]
 
 
 def demo_model() -> Path:
@@ -38,8 +41,13 @@ def demo_model() -> Path:
     return Path(str(resources.files("hybridize") / "demo" / "model"))
 
 
-def resolve_base(name: str, revision: str | None = None) -> Path:
+def resolve_base(name: str, revision: str | None = None, weights: bool = True) -> Path:
     """The local directory of a base: a path, "demo", an alias such as llama-3-8b, or a hub id, which is fetched.
+
+    Args:
+        name: as above.
+        revision: of a hub id; None is its main branch.
+        weights: False fetches config.json and the licence only, all that `plan` and `info` read.
 
     Raises:
         CheckpointError: not a directory, not on the Hub, gated, or no network; the message says what to do.
@@ -54,17 +62,17 @@ def resolve_base(name: str, revision: str | None = None) -> Path:
     repo = ALIASES.get(name.lower(), name)
     if repo.count("/") != 1 or name.startswith((".", "/", "~")):
         raise CheckpointError(f"{name}: no such directory, and not a hub id. {suggest(name, [DEMO, *sorted(ALIASES)])}")
-    return _fetch(repo, revision)
+    return _fetch(repo, revision, PATTERNS if weights else CONFIG_ONLY)
 
 
-def _fetch(repo: str, revision: str | None) -> Path:
+def _fetch(repo: str, revision: str | None, patterns: list[str]) -> Path:
     try:
         from huggingface_hub import HfApi, snapshot_download
         from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
     except ImportError as error:
         raise MissingDependencyError("huggingface_hub is missing: pip install huggingface_hub") from error
     try:
-        folder = Path(snapshot_download(repo, revision=revision, allow_patterns=PATTERNS))
+        folder = Path(snapshot_download(repo, revision=revision, allow_patterns=patterns, ignore_patterns=ELSEWHERE))
     except GatedRepoError as error:
         raise CheckpointError(
             f"{repo}: gated. Accept its licence on https://huggingface.co/{repo}, then run `hf auth login` or set HF_TOKEN"

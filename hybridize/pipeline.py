@@ -15,15 +15,15 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer
 
-from hybridize.checkpoint import Checkpoint, is_complete, open_base
-from hybridize.conversions import CONVERSIONS
-from hybridize.conversions.convert import convert
-from hybridize.conversions.plan import plan as make_plan
+from hybridize.checkpoint import open_base
+from hybridize.conversions import CONVERSIONS, convert
+from hybridize.conversions import plan as make_plan
 from hybridize.core import Plan, Report, Verdict, digest, read_json
 from hybridize.data import Tokens, eval_blocks, read_documents, split_documents, tokenize
 from hybridize.distill import STAGES, distill
 from hybridize.errors import CheckpointError, ConfigError, DataError
 from hybridize.eval import GATES, PROBES, comparison_table, evaluate, gate, report
+from hybridize.lineage import is_complete
 from hybridize.recipe import Recipe
 from hybridize.storage import write_json, write_text
 
@@ -213,8 +213,3 @@ def _weights_key(checkpoint: Path) -> Any:
         return read_json(lineage, "a lineage")["files"]
     stats = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in sorted(checkpoint.glob("*.safetensors"))]
     return [open_base(checkpoint).hash, stats]
-
-
-def base_of(path: Path) -> Checkpoint:
-    """A validated base; kept here so that the command line imports the verbs from one place."""
-    return open_base(path)

@@ -57,8 +57,12 @@ class TensorInfo:
     nbytes: int
 
 
-def parse_json(data: bytes, where: str) -> Any:
-    """JSON from an untrusted file: a key given twice and NaN are refused. Raises CheckpointError."""
+def parse_json(data: bytes, where: str, infinities: bool = False) -> Any:
+    """JSON from an untrusted file: a key given twice is refused, NaN and infinity too but for `infinities`.
+
+    Raises:
+        CheckpointError: it cannot be read so.
+    """
 
     def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
         result = dict(items)
@@ -69,6 +73,8 @@ def parse_json(data: bytes, where: str) -> Any:
         return result
 
     def constant(name: str) -> Any:
+        if infinities:
+            return float(name)
         raise ValueError(f"{name} is not JSON")
 
     try:

@@ -1,5 +1,6 @@
 """The names, small files and config of an untrusted directory, checked before transformers sees them."""
 
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,8 @@ def read_config(path: Path) -> tuple[dict[str, Any], bytes]:
     if not path.is_dir():
         raise CheckpointError(f"{path}: no such folder; expected a Hugging Face checkpoint directory")
     data = read_small(inside(path, "config.json"))
-    raw = parse_json(data, str(path / "config.json"))
+    # Other architectures' configs hold infinities; what to say of those is that they are not supported.
+    raw = parse_json(data, str(path / "config.json"), infinities=True)
     where = f"{path / 'config.json'}"
     if not isinstance(raw, dict):
         raise CheckpointError(f"{where}: got a {type(raw).__name__}, expected a mapping")
@@ -80,6 +82,10 @@ def build_config(raw: dict[str, Any], where: str) -> Any:
     model_type = raw.get("model_type")
     if not isinstance(model_type, str) or model_type not in kinds:
         raise CheckpointError(f"{where}: model_type is {model_type!r}, expected one of {', '.join(kinds)}")
+    try:
+        json.dumps(raw, allow_nan=False)
+    except ValueError as error:
+        raise CheckpointError(f"{where}: holds NaN or Infinity, expected finite numbers. Fetch the file again") from error
     for key in ("dtype", "torch_dtype"):
         known = {str(dtype).removeprefix("torch.") for dtype in FLOATS}
         if raw.get(key) is not None and raw[key] not in known:

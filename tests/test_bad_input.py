@@ -12,8 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from hybridize.checkpoint import open_base
-from hybridize.conversions.convert import convert
-from hybridize.conversions.plan import plan
+from hybridize.conversions import convert, plan
 from hybridize.core import Plan
 from hybridize.errors import CheckpointError, ConfigError, HybridizeError
 from tests.tiny import tiny_base
@@ -205,6 +204,8 @@ def test_shard_that_is_a_pipe(single):
     [
         ({"model_type": "gpt2"}, "model_type is 'gpt2', expected one of llama, mistral, qwen2, qwen3"),
         ({"model_type": ...}, "model_type is None"),
+        ({"model_type": "bamba", "time_step_limit": [0, float("inf")]}, "model_type is 'bamba', expected one of llama"),
+        ({"rms_norm_eps": float("nan")}, "holds NaN or Infinity"),
         ({"auto_map": {"AutoModel": "m.M"}}, "runs code from its repository"),
         ({"quantization_config": {"quant_method": "gptq"}}, "quantised weights cannot be converted"),
         ({"hidden_size": -1}, "hidden_size is -1, expected an integer from 1"),

@@ -11,19 +11,11 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 
-from hybridize.checkpoint import (
-    is_complete,
-    load_model,
-    open_base,
-    open_checkpoint,
-    read_lineage,
-    save_checkpoint,
-    verify_files,
-)
-from hybridize.conversions.convert import convert
-from hybridize.conversions.plan import plan
+from hybridize.checkpoint import describe_base, load_model, open_base, open_checkpoint, save_checkpoint
+from hybridize.conversions import convert, plan
 from hybridize.errors import CheckpointError, HybridizeError
 from hybridize.families import FAMILIES
+from hybridize.lineage import is_complete, read_lineage, verify_files
 from hybridize.modeling import build_model, hybrid_config
 from hybridize.shards import Planned, _aligned, plan_shards, read_header, read_tensor, tensor_bytes, write_shard
 from hybridize.storage import Staging
@@ -59,6 +51,38 @@ def test_sharded_base_is_one(llama):
     assert len({info.file for info in open_base(llama).tensors.values()}) > 1
     assert load_model(llama).dtype == torch.float32
     assert load_model(llama, dtype=torch.bfloat16).dtype == torch.bfloat16
+
+
+@pytest.fixture
+def config_alone(llama, tmp_path):
+    folder = tmp_path / "config-alone"
+    folder.mkdir()
+    shutil.copy(llama / "config.json", folder)
+    return folder
+
+
+def test_a_plan_needs_config_json_only(llama, config_alone, tmp_path):
+    section = {"keep": {"layers": [1]}, "mixer": {"name": "mamba2", "method": "mimetic"}}
+    early, late = plan(describe_base(config_alone), section, "test", 0), plan(open_base(llama), section, "test", 0)
+    assert early.digest() == late.digest()
+    convert(early, tmp_path / "early", base_path=llama)
+    convert(late, tmp_path / "late")
+    assert load_file(tmp_path / "early" / "model.safetensors").keys() == load_file(tmp_path / "late" / "model.safetensors").keys()
+    with pytest.raises(CheckpointError, match="expected safetensors weights"):
+        convert(early, tmp_path / "out")
+
+
+def test_config_alone_must_name_a_dtype(config_alone):
+    config = json.loads((config_alone / "config.json").read_text())
+    (config_alone / "config.json").write_text(json.dumps({k: v for k, v in config.items() if k != "dtype"}))
+    with pytest.raises(CheckpointError, match="names no dtype"):
+        describe_base(config_alone)
+
+
+def test_weights_that_are_there_are_checked(llama, config_alone):
+    shutil.copy(next(llama.glob("model-00001*")), config_alone / "model.safetensors")
+    with pytest.raises(CheckpointError, match="is missing"):
+        describe_base(config_alone)
 
 
 def test_hash_follows_config_and_headers(llama, tmp_path):

@@ -12,8 +12,7 @@ from transformers.utils import logging
 
 from hybridize import shards
 from hybridize.checkpoint import open_base
-from hybridize.conversions.convert import convert
-from hybridize.conversions.plan import plan
+from hybridize.conversions import convert, plan
 from hybridize.storage import file_sha256, partial_folder
 from tests.tiny import tiny_base
 

@@ -1,7 +1,7 @@
 import pytest
 
 from hybridize.checkpoint import open_base
-from hybridize.conversions.plan import plan
+from hybridize.conversions import plan
 from hybridize.errors import ConfigError
 from hybridize.families import FAMILIES
 from hybridize.pipeline import check_components

@@ -14,13 +14,13 @@ from hybridize.errors import ConfigError
 @cli.command()
 def info(checkpoint: Annotated[str, typer.Argument(metavar="DIR", help="Directory, hub id or alias.")]) -> None:
     """Say what a checkpoint is: family, mixers, parameters, cache bytes, native class."""
-    from hybridize.checkpoint import open_checkpoint
+    from hybridize.checkpoint import describe
     from hybridize.conversions.native import native_verdict
     from hybridize.eval.probes.state_bytes import promised_bytes
     from hybridize.eval.table import human_bytes
     from hybridize.hub import resolve_base
 
-    found = open_checkpoint(resolve_base(checkpoint))
+    found = describe(resolve_base(checkpoint, weights=False))
     mixers = found.config.mixers if found.is_hybrid else [{"name": "attention"}] * found.config.num_hidden_layers
     parameters = 0
     for shape in found.shapes.values():
@@ -58,14 +58,14 @@ def plan(
     out: Annotated[Optional[Path], typer.Option("--out", help="Write the plan as JSON.")] = None,  # noqa: UP045
     set_: SetOpt = [],  # noqa: B006
 ) -> None:
-    """Decide what each layer becomes, and print it. Reads the config and headers, no weights."""
-    from hybridize.checkpoint import open_base
-    from hybridize.conversions.plan import plan as make_plan
+    """Decide what each layer becomes, and print it. Needs config.json only; reads no weights."""
+    from hybridize.checkpoint import describe_base
+    from hybridize.conversions import plan as make_plan
     from hybridize.hub import resolve_base
     from hybridize.storage import write_json
 
     chosen = shared.load(recipe, set_)
-    made = make_plan(open_base(resolve_base(base)), chosen.plan, chosen.name, chosen.seed)
+    made = make_plan(describe_base(resolve_base(base, weights=False)), chosen.plan, chosen.name, chosen.seed)
     if out is not None:
         write_json(out, made.to_dict())
     shared.show_plan(made)
@@ -85,8 +85,8 @@ def convert(
 ) -> None:
     """Write the hybrid, out of core. Calibrated seeds need --data."""
     from hybridize.checkpoint import open_base
-    from hybridize.conversions.convert import convert as run_convert
-    from hybridize.conversions.plan import plan as make_plan
+    from hybridize.conversions import convert as run_convert
+    from hybridize.conversions import plan as make_plan
     from hybridize.core import Plan
     from hybridize.data import read_documents, tokenize
     from hybridize.hub import resolve_base

@@ -23,9 +23,10 @@ def eval_(
     set_: SetOpt = [],  # noqa: B006
 ) -> None:
     """Measure a checkpoint: a recipe's probes, lm-eval tasks, or perplexity on --data."""
-    from hybridize.checkpoint import open_checkpoint, read_lineage
+    from hybridize.checkpoint import open_checkpoint
     from hybridize.eval import comparison_table, evaluate
     from hybridize.hub import resolve_base
+    from hybridize.lineage import read_lineage
 
     folder = resolve_base(checkpoint)
     probes: list[dict[str, Any]] = []

@@ -9,14 +9,8 @@ A conversion is a frozen dataclass of options with
 over the tensors of one layer's attention, names without `model.layers.<i>.self_attn.`.
 """
 
-from hybridize.registry import Registry
+from hybridize.conversions.convert import convert
+from hybridize.conversions.plan import plan
+from hybridize.conversions.table import CONVERSIONS
 
-# Keyed by the mixer that it makes.
-CONVERSIONS = Registry(
-    "conversion",
-    {
-        "attention": "hybridize.conversions.keep:Keep",
-        "streaming": "hybridize.conversions.keep:Keep",
-        "mamba2": "hybridize.conversions.mamba2_from_gqa:Mamba2FromGQA",
-    },
-)
+__all__ = ["CONVERSIONS", "convert", "plan"]

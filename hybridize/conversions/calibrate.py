@@ -14,10 +14,10 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from hybridize.checkpoint import Checkpoint, skeleton
-from hybridize.conversions import CONVERSIONS
 from hybridize.conversions.layer import convert_layer, layer_generator
 from hybridize.conversions.plan import build_mixer
 from hybridize.conversions.seed_search import LayerCalibration, materialised
+from hybridize.conversions.table import CONVERSIONS
 from hybridize.core import Plan
 from hybridize.errors import ConfigError
 from hybridize.families import family_of

@@ -19,18 +19,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hybridize.checkpoint import (
-    Checkpoint,
-    finish_directory,
-    is_complete,
-    read_lineage,
-    verify_files,
-    versions,
-)
+from hybridize.checkpoint import Checkpoint, finish_directory
 from hybridize.conversions.job import Job, open_job
 from hybridize.conversions.layer import LayerCounts
 from hybridize.core import Plan, digest
 from hybridize.errors import ConfigError
+from hybridize.lineage import is_complete, read_lineage, verify_files, versions
 from hybridize.shards import (
     Shard,
     tensor_bytes,

@@ -7,10 +7,10 @@ from pathlib import Path
 from torch import Tensor
 
 from hybridize.checkpoint import Checkpoint, group_of, open_base, skeleton, stored_dtype
-from hybridize.conversions import CONVERSIONS
 from hybridize.conversions.keep import Keep
 from hybridize.conversions.layer import LayerCounts, OnDemand, checked_outputs, convert_layer, layer_generator
 from hybridize.conversions.plan import build_mixer
+from hybridize.conversions.table import CONVERSIONS
 from hybridize.core import Plan
 from hybridize.errors import CheckpointError
 from hybridize.mixers import MIXERS
@@ -145,8 +145,8 @@ class Job:
 def open_job(plan: Plan, location: str) -> Job:
     """Open the plan's base and settle the job. Raises CheckpointError when the base is not the plan's."""
     base = open_base(location)
-    if base.hash != plan.base_hash:
-        raise CheckpointError(f"{location}: is not the base the plan was made for (config or tensors differ). Plan again")
+    if base.config_hash != plan.base_hash:
+        raise CheckpointError(f"{location}: is not the base the plan was made for (its config.json differs). Plan again")
     count = base.config.num_hidden_layers
     if plan.family != base.family or [layer.index for layer in plan.layers] != list(range(count)):
         raise CheckpointError(

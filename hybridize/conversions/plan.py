@@ -5,9 +5,9 @@ from typing import Any
 
 import torch
 
-from hybridize.checkpoint import Checkpoint
-from hybridize.conversions import CONVERSIONS
+from hybridize.checkpoint import Described
 from hybridize.conversions.native import native_verdict
+from hybridize.conversions.table import CONVERSIONS
 from hybridize.core import LayerPlan, Plan
 from hybridize.errors import ConfigError
 from hybridize.families import FAMILIES
@@ -140,11 +140,11 @@ def build_mixer(options: Any, config: Any, index: int) -> torch.nn.Module:
         return FAMILIES[config.model_type.removeprefix("hybrid_")].attention(config, index) if module is None else module
 
 
-def plan(base: Checkpoint, section: dict[str, Any], recipe_name: str, seed: int, scores: Any = None) -> Plan:
+def plan(base: Described, section: dict[str, Any], recipe_name: str, seed: int, scores: Any = None) -> Plan:
     """Decide what every layer becomes. Reads no weights.
 
     Args:
-        base: the validated base.
+        base: the base, or what its config.json says.
         section: the recipe's `plan`: keep and mixer, or layers.
         recipe_name: for the record.
         seed: of whatever a conversion draws at random.
@@ -176,7 +176,7 @@ def plan(base: Checkpoint, section: dict[str, Any], recipe_name: str, seed: int,
         )
     return Plan(
         base=str(base.path),
-        base_hash=base.hash,
+        base_hash=base.config_hash,
         family=base.family,
         recipe=recipe_name,
         seed=seed,

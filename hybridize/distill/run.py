@@ -12,13 +12,14 @@ from accelerate.utils import DistributedType
 from torch import Tensor, nn
 from transformers import AutoTokenizer
 
-from hybridize.checkpoint import is_complete, load_model, open_checkpoint, read_lineage, save_checkpoint
+from hybridize.checkpoint import load_model, open_checkpoint, save_checkpoint
 from hybridize.core import digest
 from hybridize.data import Tokens, TrainBlocks, read_documents, tokenize
 from hybridize.distill.loop import Metrics, Progress, Run, fork_random, seed_of, train
 from hybridize.distill.saves import Position, State, read_latest_state, write_state
 from hybridize.distill.stages import STAGES
 from hybridize.errors import ConfigError
+from hybridize.lineage import is_complete, read_lineage
 from hybridize.storage import Staging, partial_folder
 
 log = logging.getLogger(__name__)

@@ -6,11 +6,11 @@ from typing import Any
 
 import torch
 
-from hybridize.checkpoint import versions
 from hybridize.errors import ConfigError
 from hybridize.eval.context import Progress
 from hybridize.eval.evaluate import load_for_test
 from hybridize.eval.timing import PeakMemory, decode, prefill, race, random_ids
+from hybridize.lineage import versions
 from hybridize.storage import write_json
 
 

@@ -11,12 +11,13 @@ import torch
 from transformers import AutoTokenizer
 
 import hybridize
-from hybridize.checkpoint import LINEAGE, load_model, open_checkpoint, read_lineage
+from hybridize.checkpoint import load_model, open_checkpoint
 from hybridize.core import Report, digest
 from hybridize.data import Tokens, read_documents, tokenize
 from hybridize.errors import ConfigError
 from hybridize.eval.context import EvalContext, ProbeResult, Progress
 from hybridize.eval.probes import PROBES
+from hybridize.lineage import LINEAGE, read_lineage
 from hybridize.storage import write_json
 
 log = logging.getLogger(__name__)

@@ -11,14 +11,15 @@ from safetensors.torch import load_file
 from transformers.utils import logging
 
 from hybridize import shards, storage
-from hybridize.checkpoint import load_model, open_base, read_lineage, verify_files
-from hybridize.conversions.convert import convert
+from hybridize.checkpoint import load_model, open_base
+from hybridize.conversions import convert, plan
 from hybridize.conversions.keep import Keep
 from hybridize.conversions.layer import convert_layer, layer_generator
-from hybridize.conversions.plan import build_mixer, plan
+from hybridize.conversions.plan import build_mixer
 from hybridize.core import digest
 from hybridize.errors import CheckpointError, ConfigError
 from hybridize.families import FAMILIES
+from hybridize.lineage import read_lineage, verify_files
 from hybridize.mixers import MIXERS
 from hybridize.storage import file_sha256, partial_folder
 from tests.tiny import tiny_base
@@ -189,7 +190,7 @@ def test_resume_does_not_mix_two_bases_of_one_shape(base, tmp_path, monkeypatch,
     data = bytearray(weights.read_bytes())
     data[-1] ^= 1
     weights.write_bytes(data)
-    assert open_base(path).hash == made.base_hash
+    assert open_base(path).config_hash == made.base_hash
     with pytest.raises(ConfigError, match="another job"):
         convert(made, tmp_path / "out", resume=True)
 

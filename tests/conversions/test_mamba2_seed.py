@@ -7,9 +7,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hybridize.checkpoint import load_model, open_base
-from hybridize.conversions.convert import convert
+from hybridize.conversions import convert, plan
 from hybridize.conversions.mamba2_from_gqa import Mamba2FromGQA, carried
-from hybridize.conversions.plan import build_mixer, plan
+from hybridize.conversions.plan import build_mixer
 from hybridize.conversions.seed_search import LayerCalibration, inverse_softplus, materialised
 from hybridize.data import eval_blocks, read_documents, tokenize
 from hybridize.errors import ConfigError

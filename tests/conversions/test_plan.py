@@ -7,7 +7,8 @@ import torch
 from transformers.utils import logging
 
 from hybridize.checkpoint import open_base
-from hybridize.conversions.plan import kept_layers, layer_specs, plan, plan_table
+from hybridize.conversions import plan
+from hybridize.conversions.plan import kept_layers, layer_specs, plan_table
 from hybridize.core import Plan
 from hybridize.errors import ConfigError
 from hybridize.families import FAMILIES

@@ -11,10 +11,11 @@ import torch
 from accelerate.tracking import GeneralTracker
 from safetensors.torch import load_file, save_file
 
-from hybridize.checkpoint import open_checkpoint, read_lineage, verify_files
+from hybridize.checkpoint import open_checkpoint
 from hybridize.data import Tokens
 from hybridize.distill import distill, loop, metrics_path
 from hybridize.errors import ConfigError, DataError, TrainingError
+from hybridize.lineage import read_lineage, verify_files
 from hybridize.storage import file_sha256, partial_folder
 from tests.distill.pair import tiny_pair, tiny_tokens
 from tests.tolerances import assert_close
