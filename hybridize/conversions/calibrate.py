@@ -14,9 +14,8 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from hybridize.checkpoint import Checkpoint, skeleton
-from hybridize.conversions.layer import convert_layer, layer_generator
+from hybridize.conversions.layer import LayerCalibration, convert_layer, layer_generator, materialised
 from hybridize.conversions.plan import build_mixer
-from hybridize.conversions.seed_search import LayerCalibration, materialised
 from hybridize.conversions.table import CONVERSIONS
 from hybridize.core import Plan
 from hybridize.errors import ConfigError
@@ -79,7 +78,7 @@ def calibrate(plan: Plan, base: Checkpoint, sequences: Tensor, folder: Path, pro
             # Nothing of the layer is needed while its seed is solved, which has matrices of its own.
             del layer, after
             mixer = build_mixer(MIXERS.build(spec), config, index)
-            measured = LayerCalibration(inputs=inputs, context=context, target=output) if wants else None
+            measured = LayerCalibration(inputs=inputs, context=context, target=output, angles=angles) if wants else None
             del inputs, context, output
             if wants:
                 written[index] = path = folder / f"layer-{index:05d}.safetensors"

@@ -1,5 +1,6 @@
 """One layer's conversion and its books: every source tensor is used or named in `drops`, every output is expected."""
 
+import copy
 import hashlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -70,6 +71,20 @@ class LayerCounts:
         return f"{place}: copied {self.copied}, computed {self.computed}, dropped {len(self.dropped)}{names}"
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class LayerCalibration:
+    """What the calibration pass gives a conversion, all fp32. N sequences, T tokens, D the stream's width, H heads of P."""
+
+    inputs: Tensor
+    """What the student's layer reads (after the input norm), [N, T, D]."""
+    context: Tensor
+    """What the teacher's o_proj reads, [N, T, H * P]."""
+    target: Tensor
+    """What the student's mixer should add to its stream: the teacher's attention output and the stream's lag, [N, T, D]."""
+    angles: tuple[Tensor, Tensor]
+    """cos and sin of the base's rotary embedding, [1, T, P]."""
+
+
 def layer_generator(seed: int, index: int) -> torch.Generator:
     """A generator of its own for each layer, so that order and workers do not change what is drawn."""
     digest = hashlib.sha256(f"{seed}:model.layers.{index}.self_attn".encode()).digest()
@@ -124,3 +139,10 @@ def checked_outputs(made: dict[str, Tensor], mixer: nn.Module, dtype: torch.dtyp
         if not is_finite(result[name]):
             raise CheckpointError(f"{where}: {name} came out with values that are not finite; look at the base's weights")
     return result
+
+
+def materialised(mixer: Any, tensors: dict[str, Tensor]) -> Any:
+    """A working copy of a meta module with these tensors, in evaluation mode."""
+    module = copy.deepcopy(mixer)
+    module.load_state_dict(tensors, strict=True, assign=True)
+    return module.eval()

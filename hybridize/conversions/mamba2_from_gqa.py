@@ -13,7 +13,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from hybridize.conversions.seed_search import LayerCalibration, inverse_softplus, search
+from hybridize.conversions.fitting import inverse_softplus
+from hybridize.conversions.layer import LayerCalibration
+from hybridize.conversions.seed_search import search
 from hybridize.errors import ConfigError
 from hybridize.families import head_dim
 from hybridize.mixers.mamba2 import Mamba2Mixer

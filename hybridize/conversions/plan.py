@@ -161,16 +161,19 @@ def plan(base: Described, section: dict[str, Any], recipe_name: str, seed: int, 
     if type(seed) is not int or seed < 0:
         raise ConfigError(f"seed is {seed!r}, expected an integer >= 0")
     config = base.config
-    layers, mixers = [], []
+    layers = []
     for index, spec in enumerate(layer_specs(section, config.num_hidden_layers)):
         mixer, conversion = split_options(spec, f"plan: layer {index}")
-        mixers.append(mixer)
+        try:
+            module = build_mixer(mixer, config, index)
+        except ConfigError as error:
+            raise ConfigError(f"plan: layer {index}: mixer {spec['name']!r}: {error}") from error
         layers.append(
             LayerPlan(
                 index=index,
                 mixer=MIXERS.spec(spec["name"], mixer),
                 conversion=CONVERSIONS.spec(spec["name"], conversion),
-                parameters=sum(p.numel() for p in build_mixer(mixer, config, index).parameters()),
+                parameters=sum(p.numel() for p in module.parameters()),
                 state_bytes={str(tokens): mixer.state_bytes(config, tokens) for tokens in STATE_TOKENS},
             )
         )

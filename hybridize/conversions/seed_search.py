@@ -13,15 +13,15 @@ so that a layer also makes up for what earlier seeds got wrong. All of it is a f
 Letters: N sequences, T tokens, D width of the stream, H query heads, P head width, J taps.
 """
 
-import copy
 import math
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from hybridize.conversions.fitting import inverse_softplus, solve_out_proj
+from hybridize.conversions.layer import LayerCalibration, materialised
 from hybridize.errors import ConfigError
 from hybridize.mixers.mamba2 import Mamba2Mixer
 
@@ -37,18 +37,6 @@ X_RMS = 0.05
 RIDGE = 1e-3
 SEARCH_SEQUENCES = 10
 ALTERNATIONS = 4
-
-
-@dataclass(frozen=True)
-class LayerCalibration:
-    """What the calibration pass gives a conversion, all fp32."""
-
-    inputs: Tensor
-    """What the student's layer reads (after the input norm), [N, T, D]."""
-    context: Tensor
-    """What the teacher's o_proj reads, [N, T, H * P]."""
-    target: Tensor
-    """What the student's mixer should add to its stream: the teacher's attention output and the stream's lag, [N, T, D]."""
 
 
 def search(made: dict[str, Tensor], mixer: Mamba2Mixer, config: Any, calibration: LayerCalibration) -> dict[str, Tensor]:
@@ -94,13 +82,9 @@ def search(made: dict[str, Tensor], mixer: Mamba2Mixer, config: Any, calibration
     made["dt_bias"] = inverse_softplus(step)
     made["A_log"] = torch.log(math.log(2) / (half_life * step))
     made["in_proj.bias"][: mixer.inner] = OPEN_GATE
-    made["out_proj.weight"] = _ridge(made, mixer, calibration)
+    module = materialised(mixer, made)
+    made["out_proj.weight"] = solve_out_proj(module, made["out_proj.weight"], made.get("out_proj.bias"), calibration)
     return made
-
-
-def inverse_softplus(value: Tensor) -> Tensor:
-    """x with softplus(x) = value, value > 0; exact for small values too."""
-    return value + torch.log(-torch.expm1(-value))
 
 
 def _projected(made: dict[str, Tensor], mixer: Mamba2Mixer, inputs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -225,30 +209,3 @@ def _size_and_norm(y: Tensor, context: Tensor) -> tuple[float, Tensor]:
         if error < best[0]:
             best = (error, size / rms, weight)
     return best[1], best[2]
-
-
-def _ridge(made: dict[str, Tensor], mixer: Mamba2Mixer, calibration: LayerCalibration) -> Tensor:
-    """out_proj.weight [D, H * P]: ridge regression of the target on the module's own context, prior the base's o_proj."""
-    module = materialised(mixer, made)
-    prior = made["out_proj.weight"].double()
-    inner = prior.shape[1]
-    gram = torch.zeros(inner, inner, dtype=torch.float64)
-    cross = torch.zeros(inner, prior.shape[0], dtype=torch.float64)
-    out_bias = made.get("out_proj.bias")
-    with torch.no_grad():
-        for inputs, target in zip(calibration.inputs.split(4), calibration.target.split(4), strict=True):
-            rows = module.context(inputs).flatten(0, 1)
-            wanted = target.flatten(0, 1) if out_bias is None else target.flatten(0, 1) - out_bias
-            gram += (rows.T @ rows).double()
-            cross += (rows.T @ wanted).double()
-    damping = RIDGE * float(gram.diagonal().mean())
-    gram.diagonal().add_(damping)
-    cross.add_(prior.T, alpha=damping)
-    return torch.linalg.solve(gram, cross).T.float().contiguous()
-
-
-def materialised(mixer: Any, tensors: dict[str, Tensor]) -> Any:
-    """A working copy of a meta module with these tensors."""
-    module = copy.deepcopy(mixer)
-    module.load_state_dict(tensors, strict=True, assign=True)
-    return module.eval()

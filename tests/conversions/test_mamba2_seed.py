@@ -8,9 +8,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hybridize.checkpoint import load_model, open_base
 from hybridize.conversions import convert, plan
+from hybridize.conversions.fitting import inverse_softplus
+from hybridize.conversions.layer import LayerCalibration, materialised
 from hybridize.conversions.mamba2_from_gqa import Mamba2FromGQA, carried
 from hybridize.conversions.plan import build_mixer
-from hybridize.conversions.seed_search import LayerCalibration, inverse_softplus, materialised
 from hybridize.data import eval_blocks, read_documents, tokenize
 from hybridize.errors import ConfigError
 from hybridize.families import FAMILIES
@@ -151,7 +152,9 @@ def test_the_search_finds_a_layer_that_a_seed_can_be(heads, tmp_path):
     scores = scores * torch.where(distance >= 0, torch.exp2(-distance / 4), 0.0)
     context = torch.einsum("nhts,nshp->nthp", scores, 0.3 * v + late).flatten(2)
     target = context @ source["o_proj.weight"].T
-    made = Mamba2FromGQA()(source, mixer, config, torch.Generator(), LayerCalibration(inputs=u, context=context, target=target))
+    still = (torch.ones(1, 48, 8), torch.zeros(1, 48, 8))
+    calibration = LayerCalibration(inputs=u, context=context, target=target, angles=still)
+    made = Mamba2FromGQA()(source, mixer, config, torch.Generator(), calibration)
     with torch.no_grad():
         out = materialised(mixer, made)(u)[0]
         worse = dict(made)
