@@ -155,6 +155,8 @@ def run(
         HybridizeError: as the verbs do.
     """
     check_components(recipe)
+    if recipe.sizes:
+        raise ConfigError(f"recipe {recipe.name}: chooses by the base's size. Load it with load_recipe(..., config=...)")
     checkpoint = open_base(base)
     plan = make_plan(checkpoint, recipe.plan, recipe.name, recipe.seed)
     stages = fitted(recipe.distill, checkpoint.config)

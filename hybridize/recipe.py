@@ -1,7 +1,9 @@
 """Recipes: YAML in, a strict frozen Recipe out. The components named in one are checked by the pipeline, before any work.
 
-A recipe is complete in itself: no inheritance, no model sizes. `--set a.b=c` overrides any key; a number in a path is a
-place in a list (`distill.0.tokens=1000000`).
+A recipe is complete in itself: no inheritance. What a published method chose base by base stands under `sizes`: the
+first entry whose `when` is true of the base's config.json sets its keys, and a base that none is meant for keeps the
+rest of the recipe. `--set a.b=c` overrides any key, after that; a number in a path is a place in a list
+(`distill.0.tokens=1000000`).
 """
 
 from importlib import resources
@@ -32,6 +34,15 @@ class DataSection(Section):
     calibration_seq_tokens: int = Field(default=256, ge=2)
 
 
+class SizeSection(Section):
+    """What a method does to the bases of one size."""
+
+    when: dict[str, int | float | str]
+    """Field of config.json -> its value."""
+    set: dict[str, Any]
+    """Key of the recipe, dotted as for --set -> its value."""
+
+
 class Recipe(Section):
     """One method, start to end."""
 
@@ -44,6 +55,7 @@ class Recipe(Section):
     evaluate: list[dict[str, Any]] = []
     gates: list[dict[str, Any]] = []
     push: dict[str, Any] | None = None
+    sizes: list[SizeSection] = []
 
     def resolved(self) -> str:
         """The recipe with every default filled in, as YAML."""
@@ -98,12 +110,13 @@ def builtin_recipes() -> dict[str, Path]:
     return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
 
 
-def load_recipe(source: str | Path, overrides: list[str] | None = None) -> Recipe:
+def load_recipe(source: str | Path, overrides: list[str] | None = None, config: Any = None) -> Recipe:
     """Read a recipe.
 
     Args:
         source: a file, or the name of a built-in recipe.
         overrides: "a.b=value" each, the value in YAML.
+        config: of the base; with it, `sizes` is settled and empty in what is returned.
 
     Raises:
         ConfigError: no such recipe, bad YAML, an unknown key or a value of the wrong kind.
@@ -123,9 +136,21 @@ def load_recipe(source: str | Path, overrides: list[str] | None = None) -> Recip
     data = parse_yaml(text, str(path))
     if not isinstance(data, dict):
         raise ConfigError(f"{path}: holds {type(data).__name__}, expected a mapping with name, plan, distill, ...")
+    if config is not None:
+        _settle_sizes(data, config, parse_recipe(data, str(source)).sizes)
     for override in overrides or []:
         _override(data, override)
     return parse_recipe(data, str(source))
+
+
+def _settle_sizes(data: dict[str, Any], config: Any, sizes: list[SizeSection]) -> None:
+    """Carry out the first entry of `sizes` that is meant for a base, and leave none."""
+    data.pop("sizes", None)
+    for size in sizes:
+        if all(getattr(config, key, None) == value for key, value in size.when.items()):
+            for path, value in size.set.items():
+                _put(data, path, value, "sizes")
+            return
 
 
 def parse_recipe(data: dict[str, Any], where: str) -> Recipe:
@@ -148,25 +173,30 @@ def _override(data: dict[str, Any], text: str) -> None:
     path, equals, value = text.partition("=")
     if not equals or not path:
         raise ConfigError(f"--set: got {text!r}, expected key=value such as plan.keep=all")
+    _put(data, path, parse_yaml(value, f"--set {path}"), "--set")
+
+
+def _put(data: dict[str, Any], path: str, value: Any, where: str) -> None:
+    """Set the value at a dotted path of plain data; mappings on the way are made."""
     keys = path.split(".")
+    where = f"{where} {path}"
     place: Any = data
     for key, following in zip(keys[:-1], keys[1:], strict=True):
         if isinstance(place, list):
-            place = place[_index(place, key, path)]
+            place = place[_index(place, key, where)]
         elif isinstance(place, dict):
             if not isinstance(place.get(key), (dict, list)):
                 place[key] = [] if following.isdigit() and key in ("distill", "evaluate", "gates") else {}
             place = place[key]
         else:
-            raise ConfigError(f"--set {path}: {key!r} is inside a plain value")
-    parsed = parse_yaml(value, f"--set {path}")
+            raise ConfigError(f"{where}: {key!r} is inside a plain value")
     if isinstance(place, list):
-        place[_index(place, keys[-1], path)] = parsed
+        place[_index(place, keys[-1], where)] = value
     else:
-        place[keys[-1]] = parsed
+        place[keys[-1]] = value
 
 
-def _index(items: list[Any], key: str, path: str) -> int:
+def _index(items: list[Any], key: str, where: str) -> int:
     if not key.isdigit() or int(key) >= len(items):
-        raise ConfigError(f"--set {path}: {key!r} is no place in a list of {len(items)}, expected 0 to {len(items) - 1}")
+        raise ConfigError(f"{where}: {key!r} is no place in a list of {len(items)}, expected 0 to {len(items) - 1}")
     return int(key)

@@ -44,6 +44,34 @@ def test_set_overrides_any_key():
     assert load_recipe("streaming", ["data.held_out_share=0.1"]).data.held_out_share == 0.1
 
 
+SIZED = """
+name: sized
+plan: {keep: all}
+distill: [{name: kl, tokens: 1000, seq_tokens: 8, rows: 1, lr: 1e-3}]
+sizes:
+  - when: {num_hidden_layers: 3, hidden_size: 64}
+    set: {plan.keep: {layers: [0]}}
+  - when: {num_hidden_layers: 3}
+    set: {plan.keep: {every: 2}, distill.0.lr: 5e-4}
+"""
+
+
+def test_sizes_are_settled_by_the_base_and_overridden_by_the_user(bases, tmp_path):
+    path = tmp_path / "sized.yaml"
+    path.write_text(SIZED)
+    config = open_base(bases["llama"]).config
+    assert len(load_recipe(path).sizes) == 2
+    settled = load_recipe(path, config=config)
+    assert (settled.plan, settled.distill[0]["lr"], settled.sizes) == ({"keep": {"every": 2}}, 5e-4, [])
+    assert load_recipe(path, ["plan.keep={first: 1}"], config).plan == {"keep": {"first": 1}}
+    config.num_hidden_layers = 9
+    assert load_recipe(path, config=config).plan == {"keep": "all"}
+    path.write_text(SIZED.replace("distill.0.lr", "distill.4.lr"))
+    config.num_hidden_layers = 3
+    with pytest.raises(ConfigError, match=r"sizes distill\.4\.lr: '4' is no place in a list of 1"):
+        load_recipe(path, config=config)
+
+
 @pytest.mark.parametrize(
     ("override", "words"),
     [

@@ -2,7 +2,7 @@
 
 import os
 from pathlib import Path
-from typing import Annotated, Any, Optional
+from typing import Annotated, Optional
 
 import typer
 
@@ -64,8 +64,9 @@ def plan(
     from hybridize.hub import resolve_base
     from hybridize.storage import write_json
 
-    chosen = shared.load(recipe, set_)
-    made = make_plan(describe_base(resolve_base(base, weights=False)), chosen.plan, chosen.name, chosen.seed)
+    found = describe_base(resolve_base(base, weights=False))
+    chosen = shared.load(recipe, set_, found.config)
+    made = make_plan(found, chosen.plan, chosen.name, chosen.seed)
     if out is not None:
         write_json(out, made.to_dict())
     shared.show_plan(made)
@@ -102,7 +103,7 @@ def convert(
             raise ConfigError("--set changes a recipe; a plan is settled. Make a new plan")
         made, chosen = Plan.read(plan_file), parse_recipe({"name": "plan", "plan": {}}, "plan")
     else:
-        chosen = shared.load(recipe, set_)
+        chosen = shared.load(recipe, set_, checkpoint.config)
         made = make_plan(checkpoint, chosen.plan, chosen.name, chosen.seed)
     text = None
     if layers := calibrated_layers(made):
@@ -145,10 +146,10 @@ def distill(
     from hybridize.distill import distill as run_distill
     from hybridize.pipeline import fitted
 
-    chosen = shared.load(recipe, set_)
     if data is None:
         raise ConfigError("--data is missing; give the text to train on")
     found = open_checkpoint(checkpoint)
+    chosen = shared.load(recipe, set_, found.config)
     stages = fitted(chosen.distill, found.config)
     shown = shared.screen.progress if os.environ.get("RANK", "0") == "0" else None
     result = run_distill(checkpoint, stages, data, out, teacher=teacher, resume=resume, seed=chosen.seed, progress=shown,
@@ -171,14 +172,17 @@ def run(
     """Plan, convert, distill, evaluate, gate and report. Steps whose output matches are skipped."""
     if data is None:
         raise ConfigError("--data is missing; give the text to calibrate and train on")
-    _run(shared.load(recipe, set_), base, data, out, held_out, resume)
+    _run(recipe, set_, base, data, out, held_out, resume)
 
 
-def _run(recipe: Any, base: str, data: str, out: Path, held_out: str | None, resume: bool) -> None:
+def _run(recipe: str, set_: list[str], base: str, data: str, out: Path, held_out: str | None, resume: bool) -> None:
+    from hybridize.checkpoint import describe_base
     from hybridize.hub import resolve_base
     from hybridize.pipeline import run as run_all
 
-    result = run_all(recipe, resolve_base(base), data, out, held_out=held_out, resume=resume, progress=shared.screen.progress)
+    folder = resolve_base(base)
+    chosen = shared.load(recipe, set_, describe_base(folder).config)
+    result = run_all(chosen, folder, data, out, held_out=held_out, resume=resume, progress=shared.screen.progress)
     shared.show_plan(result.plan)
     shared.screen.say("")
     shared.screen.table(result.table())
@@ -201,7 +205,7 @@ def demo(
     from hybridize.demo.stdlib_text import write_demo_text
 
     train, held_out = write_demo_text(out.with_name(out.name + ".text"))
-    _run(shared.load("demo-long" if long else "demo", []), "demo", str(train), out, str(held_out), resume)
+    _run("demo-long" if long else "demo", [], "demo", str(train), out, str(held_out), resume)
 
 
 @cli.command()

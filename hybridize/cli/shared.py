@@ -30,14 +30,18 @@ OutOpt = Annotated[Path, typer.Option("--out", help="Where to write; must not ex
 ResumeOpt = Annotated[bool, typer.Option("--resume", help="Go on with what a killed run left.")]
 
 
-def load(source: str | None, overrides: list[str]) -> Any:
-    """A recipe with its overrides, every component checked. Raises ConfigError."""
+def load(source: str | None, overrides: list[str], config: Any = None) -> Any:
+    """A recipe with its overrides, settled for a base's config where one is given, every component checked.
+
+    Raises:
+        ConfigError: the recipe or an override cannot be used.
+    """
     from hybridize.pipeline import check_components
     from hybridize.recipe import load_recipe
 
     if source is None:
         raise ConfigError("--recipe is missing; give a recipe file or a name that `hybridize recipes ls` lists")
-    recipe = load_recipe(source, overrides)
+    recipe = load_recipe(source, overrides, config)
     check_components(recipe)
     return recipe
 
