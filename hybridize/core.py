@@ -69,6 +69,10 @@ class Plan:
     recipe: str
     seed: int
     layers: tuple[LayerPlan, ...]
+    kv_share: float
+    """Bytes that each further token adds to the cache, over what it adds to the base's; states of fixed size count nothing."""
+    base_state_bytes: dict[str, int]
+    """The base's cache bytes of one sequence, by context length."""
     native: dict[str, str] = field(default_factory=dict)
     """{"target": native class or "none", "reason": ...}."""
 

@@ -51,19 +51,20 @@ def show_plan(plan: Any) -> None:
     from hybridize.conversions.plan import plan_table
     from hybridize.eval.table import human_bytes
 
-    rows = [["layers", "mixer", "options", "method", "parameters", "state @1k", "@32k", "@128k"]]
+    lengths = {"1024": "state @1k", "4096": "@4k", "32768": "@32k", "131072": "@128k"}
+    rows = [["layers", "mixer", "options", "method", "parameters", *lengths.values()]]
     for row in plan_table(plan):
-        state = row["state_bytes"]
         options = ", ".join(f"{key}={value}" for key, value in row["options"].items() if value is not None)
         method = str(row["conversion"].get("method", "keep"))
-        rows.append(
-            [row["layers"], row["mixer"], options, method, f"{row['parameters']:,}"]
-            + [human_bytes(state[t]) for t in ("1024", "32768", "131072")]
-        )
-    total = {t: sum(layer.state_bytes[t] for layer in plan.layers) for t in ("1024", "32768", "131072")}
+        states = [human_bytes(row["state_bytes"][t]) for t in lengths]
+        rows.append([row["layers"], row["mixer"], options, method, f"{row['parameters']:,}", *states])
+    total = {t: sum(layer.state_bytes[t] for layer in plan.layers) for t in lengths}
     parameters = sum(layer.parameters for layer in plan.layers)
-    rows.append(["all", "", "", "", f"{parameters:,}", *(human_bytes(total[t]) for t in total)])
+    rows.append(["all", "", "", "", f"{parameters:,}", *(human_bytes(total[t]) for t in lengths)])
+    rows.append(["base", "", "", "", "", *(human_bytes(plan.base_state_bytes[t]) for t in lengths)])
+    rows.append(["all / base", "", "", "", "", *(f"{total[t] / plan.base_state_bytes[t]:.2%}" for t in lengths)])
     screen.table(rows, f"{plan.recipe} on {plan.family}")
+    screen.say(f"KV per token: {plan.kv_share:.2%} of the base's (recurrent states and windows aside, which do not grow)")
     screen.say(f"native class: {plan.native['target']} ({plan.native['reason']})")
 
 

@@ -14,8 +14,10 @@ from hybridize.families import FAMILIES
 from hybridize.mixers import MIXERS
 from hybridize.registry import make, suggest
 
-STATE_TOKENS = (1024, 8192, 32768, 131072)
+STATE_TOKENS = (1024, 4096, 8192, 32768, 131072)
 """Context lengths at which a plan states its cache bytes."""
+# Beyond every window: from here on a cache grows evenly or not at all.
+FAR = 1 << 24
 KEEP_KEYS = ("every", "layers", "first", "last")
 NEEDS_SCORES = "needs layer scores, which are not part of this release"
 
@@ -151,7 +153,8 @@ def plan(base: Described, section: dict[str, Any], recipe_name: str, seed: int, 
         scores: layer scores; none are supported yet.
 
     Returns:
-        Per layer the mixer, the conversion (defaults filled in), parameters and cache bytes; and the native verdict.
+        Per layer the mixer, the conversion (defaults filled in), parameters and cache bytes; the whole cache against the
+        base's; and the native verdict.
 
     Raises:
         ConfigError: the section cannot be used; the message names the key or the layer.
@@ -161,13 +164,15 @@ def plan(base: Described, section: dict[str, Any], recipe_name: str, seed: int, 
     if type(seed) is not int or seed < 0:
         raise ConfigError(f"seed is {seed!r}, expected an integer >= 0")
     config = base.config
-    layers = []
+    layers, growth = [], 0.0
+    kept = MIXERS.build({"name": "attention"})
     for index, spec in enumerate(layer_specs(section, config.num_hidden_layers)):
         mixer, conversion = split_options(spec, f"plan: layer {index}")
         try:
             module = build_mixer(mixer, config, index)
         except ConfigError as error:
             raise ConfigError(f"plan: layer {index}: mixer {spec['name']!r}: {error}") from error
+        growth += (mixer.state_bytes(config, 2 * FAR) - mixer.state_bytes(config, FAR)) / FAR
         layers.append(
             LayerPlan(
                 index=index,
@@ -184,6 +189,8 @@ def plan(base: Described, section: dict[str, Any], recipe_name: str, seed: int, 
         recipe=recipe_name,
         seed=seed,
         layers=tuple(layers),
+        kv_share=growth / (len(layers) * kept.state_bytes(config, 1)),
+        base_state_bytes={str(tokens): len(layers) * kept.state_bytes(config, tokens) for tokens in STATE_TOKENS},
         native=native_verdict(config, [layer.mixer for layer in layers]),
     )
 

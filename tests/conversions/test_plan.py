@@ -121,6 +121,17 @@ def test_figures_are_the_built_models(bases, family, mixer):
         assert sum(layer.state_bytes[tokens] for layer in made.layers) == state_bytes(config, int(tokens))
 
 
+def test_kv_share_counts_what_grows(bases):
+    base = bases["llama"]
+
+    def share(mixer, keep=(1,)):
+        return plan(base, {"keep": {"layers": list(keep)}, "mixer": mixer}, "t", 0).kv_share
+
+    assert share({"name": "mamba2"}) == share({"name": "streaming", "window_tokens": 70}) == pytest.approx(1 / 3)
+    assert share({"name": "mamba2"}, ()) == 0
+    assert plan(base, {"keep": "all"}, "t", 0).kv_share == 1
+
+
 def test_json_and_back(bases):
     made = plan(bases["qwen3"], {"keep": {"every": 2}, "mixer": MAMBA}, "test", 3)
     back = Plan.from_dict(made.to_dict())

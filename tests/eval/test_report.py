@@ -21,7 +21,16 @@ def plan():
         )
         for i, name in enumerate(kinds)
     )  # fmt: skip
-    return Plan(base="some/<base>", base_hash="0", family="llama", recipe="mamba2", seed=0, layers=layers)
+    return Plan(
+        base="some/<base>",
+        base_hash="0",
+        family="llama",
+        recipe="mamba2",
+        seed=0,
+        layers=layers,
+        kv_share=0.5,
+        base_state_bytes={},
+    )
 
 
 def measured(scale):
