@@ -198,7 +198,7 @@ def _run(recipe: str, set_: list[str], base: str, data: str, out: Path, held_out
 @cli.command()
 def demo(
     out: Annotated[Path, typer.Option("--out", help="The working directory.")] = Path("demo-run"),
-    long: Annotated[bool, typer.Option("--long", help="Train for about an hour instead of minutes.")] = False,
+    long: Annotated[bool, typer.Option("--long", help="Train ten times longer: half an hour to an hour.")] = False,
     resume: ResumeOpt = False,
 ) -> None:
     """The whole line on the bundled model and the standard library's text: nothing is downloaded."""
