@@ -41,10 +41,11 @@ class StreamingHeads:
             if len(set(self.full_heads)) != len(self.full_heads):
                 raise ConfigError(f"full_heads is {self.full_heads}, expected each head once")
             return
-        if self.full_share is None:
-            object.__setattr__(self, "full_share", 0.5)
-        if not 0 <= self.full_share <= 1:
-            raise ConfigError(f"full_share is {self.full_share}, expected 0 to 1")
+        share = 0.5 if self.full_share is None else self.full_share
+        if not 0 <= share <= 1:
+            raise ConfigError(f"full_share is {share}, expected 0 to 1")
+        # Settled here, so that the saved config says it.
+        object.__setattr__(self, "full_share", share)
 
     def full_count(self, config: Any) -> int:
         """How many key/value heads stay full."""
@@ -98,7 +99,7 @@ class SplitHeadsAttention(WindowedAttention):
         self, q: Tensor, k: Tensor, v: Tensor, entry: Any, padding: Tensor | None = None, segments: Tensor | None = None
     ) -> Tensor:
         order = self.alpha.argsort(descending=True, stable=True)
-        groups = dict(zip(("full_", ""), order.split([self.full_count, self.num_groups - self.full_count]), strict=True))
+        groups = {"full_": order[: self.full_count], "": order[self.full_count :]}
         # [B, G, H / G, T, d]: the query heads of one key/value head lie side by side.
         queries = q.unflatten(1, (self.num_groups, -1))
         pieces = []

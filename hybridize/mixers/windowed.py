@@ -173,7 +173,15 @@ class WindowedAttention(nn.Module):
         return self.attend_part("", self.reach, q, k, v, entry, padding, segments)
 
     def attend_part(
-        self, prefix: str, reach: Reach, q: Tensor, k: Tensor, v: Tensor, entry: Any, padding: Tensor | None, segments: Tensor | None
+        self,
+        prefix: str,
+        reach: Reach,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        entry: Any,
+        padding: Tensor | None,
+        segments: Tensor | None,
     ) -> Tensor:
         """As `attend`, over a reach and with the entry's tensors of that prefix."""
         if entry is None:
