@@ -32,7 +32,12 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, help="write the figures here")
     parser.add_argument("--contexts", default="1024,8192,32768", help="tokens in the cache, with commas between")
-    parser.add_argument("--mixer", default="mamba2", choices=["mamba2", "streaming"], help="in place of attention")
+    parser.add_argument(
+        "--mixer",
+        default="mamba2",
+        choices=["mamba2", "streaming", "block_sparse", "streaming_heads"],
+        help="in place of attention",
+    )
     parser.add_argument("--keep-every", type=int, default=4, help="every such layer stays attention")
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--hidden", type=int, default=1024)
@@ -69,11 +74,12 @@ def models(options: argparse.Namespace) -> dict[str, Any]:
     return found
 
 
-def fill(entry: Any, slots: int) -> None:
+def fill(entry: Any, slots: int, prefix: str = "") -> None:
     """Random keys and values of `slots` tokens in place of what an entry holds."""
-    batch, groups, _, width = entry.keys.shape
-    for name in ("keys", "values"):
-        setattr(entry, name, torch.randn(batch, groups, slots, width).to(entry.keys))
+    for name in (f"{prefix}keys", f"{prefix}values"):
+        held = getattr(entry, name)
+        batch, groups, _, width = held.shape
+        setattr(entry, name, torch.randn(batch, groups, slots, width).to(held))
 
 
 @torch.no_grad()
@@ -81,12 +87,12 @@ def filled_cache(model: Any, tokens: int, batch: int) -> DynamicCache:
     """A cache as after `tokens` tokens, its contents random, held against the promised bytes."""
     cache = DynamicCache(config=model.config)
     model(input_ids=torch.zeros(batch, 1, dtype=torch.long, device=model.device), past_key_values=cache, use_cache=True)
-    for entry in cache.layers:
+    for index, entry in enumerate(cache.layers):
         if isinstance(entry, ForgetfulLayer):
             entry.seen = tokens
         if isinstance(entry, SinkWindowLayer):
-            mixer: Any = next(layer.self_attn for layer in model.model.layers if hasattr(layer.self_attn, "window"))
-            fill(entry, min(tokens, mixer.sink + mixer.window))
+            for prefix, reach in model.model.layers[index].self_attn.parts():
+                fill(entry, reach.slots(tokens), prefix)
         elif isinstance(entry, DynamicLayer):
             fill(entry, tokens)
     held, promised = cache_bytes(cache), batch * promised_bytes(model.config, tokens)

@@ -91,9 +91,8 @@ class RecurrentLayer(ForgetfulLayer):
 
 
 class SinkWindowLayer(ForgetfulLayer):
-    """Keys and values of the first `sink` tokens of each row and of the last `window` ones, [B, G, slots, d].
+    """Keys and values of the tokens of each row that can still be read, [B, G, slots, d]; mixers/windowed.py says which.
 
-    Slot of the token at position p of its own row: p while p < sink + window, after that sink + (p - sink) mod window.
     `pads` [B] counts the padding before each row's first token; None means there is none.
     """
 
@@ -101,6 +100,14 @@ class SinkWindowLayer(ForgetfulLayer):
     keys: Any
     values: Any
     pads: Any
+
+
+class SplitHeadsLayer(SinkWindowLayer):
+    """As SinkWindowLayer for the streaming heads, and the keys and values of all tokens for the full ones."""
+
+    tensor_names = ("keys", "values", "full_keys", "full_values", "pads")
+    full_keys: Any
+    full_values: Any
 
 
 def own_layer(cache: Cache, layer_idx: int, kind: type[ForgetfulLayer]) -> Any:

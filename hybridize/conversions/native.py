@@ -4,6 +4,11 @@ from typing import Any
 
 from hybridize.families import FAMILIES, family_of, head_dim
 
+NO_CLASS = {
+    "block_sparse": "no native class keeps strided blocks beside a window",
+    "streaming_heads": "no native class gives the heads of one layer different windows",
+}
+
 
 def native_verdict(config: Any, mixers: list[dict[str, Any]]) -> dict[str, str]:
     """{"target": model_type of the native class or "none", "reason": one sentence}.
@@ -19,6 +24,9 @@ def native_verdict(config: Any, mixers: list[dict[str, Any]]) -> dict[str, str]:
         return _granite(config, mixers)
     if names <= {"attention", "streaming"}:
         return _windowed(config, [spec for spec in mixers if spec["name"] == "streaming"])
+    for name, reason in NO_CLASS.items():
+        if name in names:
+            return _none(reason)
     return _none(f"no class of transformers mixes {', '.join(sorted(names))}")
 
 

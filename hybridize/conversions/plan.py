@@ -18,7 +18,7 @@ STATE_TOKENS = (1024, 4096, 8192, 32768, 131072)
 """Context lengths at which a plan states its cache bytes."""
 # Beyond every window: from here on a cache grows evenly or not at all.
 FAR = 1 << 24
-KEEP_KEYS = ("every", "layers", "first", "last")
+KEEP_KEYS = ("every", "layers", "first", "last", "middle")
 NEEDS_SCORES = "needs layer scores, which are not part of this release"
 
 
@@ -38,7 +38,7 @@ def kept_layers(keep: Any, count: int) -> set[int]:
     """Which of `count` layers a recipe's `keep` leaves as attention.
 
     `all`; `{every: n}`: the last of each group of n, so layers n-1, 2n-1, ...; `{layers: [...]}`: these;
-    `{first: a, last: b}`: the first a and the last b.
+    `{first: a, last: b}`: the first a and the last b; `{middle: s}`: the share s around the centre, rounded, at least one.
 
     Raises:
         ConfigError: another form, or a layer that the base does not have.
@@ -59,13 +59,19 @@ def kept_layers(keep: Any, count: int) -> set[int]:
         if not isinstance(keep["layers"], (list, tuple)):
             raise ConfigError(f"{where}.layers is {keep['layers']!r}, expected a list of layer numbers")
         return {_in_range(index, f"{where}.layers", count) for index in keep["layers"]}
+    if "middle" in keep and len(keep) == 1:
+        share = keep["middle"]
+        if type(share) not in (int, float) or not 0 < share <= 1:
+            raise ConfigError(f"{where}.middle is {share!r}, expected a share of the layers above 0 and up to 1")
+        wanted = max(1, int(count * share + 0.5))
+        return set(range((count - wanted) // 2, (count - wanted) // 2 + wanted))
     if set(keep) <= {"first", "last"}:
         first = _integer(keep.get("first", 0), f"{where}.first", 0)
         last = _integer(keep.get("last", 0), f"{where}.last", 0)
         if first + last > count:
             raise ConfigError(f"{where}: first + last is {first + last}, out of range: the base has {count} layers")
         return {*range(first), *range(count - last, count)}
-    raise ConfigError(f"{where}: got {', '.join(keep)} together, expected one of every, layers, or first and last")
+    raise ConfigError(f"{where}: got {', '.join(keep)} together, expected one of every, layers, middle, or first and last")
 
 
 def layer_specs(section: dict[str, Any], count: int) -> list[dict[str, Any]]:
@@ -170,6 +176,8 @@ def plan(base: Described, section: dict[str, Any], recipe_name: str, seed: int, 
         mixer, conversion = split_options(spec, f"plan: layer {index}")
         try:
             module = build_mixer(mixer, config, index)
+            if hasattr(conversion, "check"):
+                conversion.check(module)
         except ConfigError as error:
             raise ConfigError(f"plan: layer {index}: mixer {spec['name']!r}: {error}") from error
         growth += (mixer.state_bytes(config, 2 * FAR) - mixer.state_bytes(config, FAR)) / FAR

@@ -7,6 +7,8 @@ CONVERSIONS = Registry(
     {
         "attention": "hybridize.conversions.keep:Keep",
         "streaming": "hybridize.conversions.keep:Keep",
+        "block_sparse": "hybridize.conversions.keep:Keep",
+        "streaming_heads": "hybridize.conversions.streaming_heads:HeadsFromGQA",
         "mamba2": "hybridize.conversions.mamba2_from_gqa:Mamba2FromGQA",
     },
 )

@@ -7,6 +7,8 @@ MIXERS = Registry(
     {
         "attention": "hybridize.mixers.attention:Attention",
         "streaming": "hybridize.mixers.streaming:Streaming",
+        "block_sparse": "hybridize.mixers.block_sparse:BlockSparse",
+        "streaming_heads": "hybridize.mixers.streaming_heads:StreamingHeads",
         "mamba2": "hybridize.mixers.mamba2:Mamba2",
     },
 )

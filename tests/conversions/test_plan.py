@@ -40,6 +40,10 @@ def bases(tmp_path_factory):
         ({"first": 2, "last": 1}, {0, 1, 9}),
         ({"last": 3}, {7, 8, 9}),
         ({"first": 4, "last": 6}, {0, 1, 2, 3, 4, 5, 6, 7, 8, 9}),
+        ({"middle": 0.3}, {3, 4, 5}),
+        ({"middle": 0.36}, {3, 4, 5, 6}),
+        ({"middle": 0.01}, {4}),
+        ({"middle": 1}, {0, 1, 2, 3, 4, 5, 6, 7, 8, 9}),
     ],
 )
 def test_keep(keep, kept):
@@ -56,6 +60,9 @@ def test_keep(keep, kept):
         ({"keep": {"every": 0}, "mixer": WINDOW}, "plan.keep.every is 0, expected an integer >= 1"),
         ({"keep": {"first": 6, "last": 5}, "mixer": WINDOW}, "first + last is 11, out of range"),
         ({"keep": {"every": 2, "first": 1}, "mixer": WINDOW}, "got every, first together"),
+        ({"keep": {"middle": 0}, "mixer": WINDOW}, "plan.keep.middle is 0, expected a share"),
+        ({"keep": {"middle": 3}, "mixer": WINDOW}, "plan.keep.middle is 3, expected a share"),
+        ({"keep": {"middle": 0.3, "first": 1}, "mixer": WINDOW}, "got middle, first together"),
         ({"keep": {"evry": 2}, "mixer": WINDOW}, "unknown key 'evry'. Did you mean 'every'?"),
         ({"keep": {"count": 7, "by": "lazy"}, "mixer": WINDOW}, "needs layer scores"),
         ({"keep": "some", "mixer": WINDOW}, "expected `all` or a mapping"),
@@ -167,6 +174,8 @@ OTHER_EPS = {**MAMBA, "norm_eps": 1e-3}
         ("qwen2", {"keep": {"every": 3}, "mixer": WINDOW}, "qwen2", ""),
         ("qwen3", {"keep": {"every": 3}, "mixer": WINDOW}, "qwen3", ""),
         ("llama", {"keep": {"every": 3}, "mixer": {"name": "streaming"}}, "none", "keeps the first tokens"),
+        ("qwen2", {"keep": {"every": 3}, "mixer": {"name": "block_sparse"}}, "none", "keeps strided blocks"),
+        ("qwen3", {"keep": {"every": 3}, "mixer": {"name": "streaming_heads"}}, "none", "heads of one layer different windows"),
         (
             "llama",
             {"layers": {0: WINDOW, "default": MAMBA}},

@@ -12,7 +12,11 @@ from hybridize.mixers import MIXERS
 from tests.tiny import tiny_base
 
 # Small values of options, so that twenty tokens fill every cache.
-SMALL = {"streaming": {"sink_tokens": 2, "window_tokens": 5}}
+SMALL = {
+    "streaming": {"sink_tokens": 2, "window_tokens": 5},
+    "block_sparse": {"sink_tokens": 1, "window_tokens": 4, "block_tokens": 3, "stride_blocks": 3},
+    "streaming_heads": {"sink_tokens": 2, "window_tokens": 5, "full_heads": [1]},
+}
 CASES = [(family, name) for family in FAMILIES for name in MIXERS.names()]
 ATOL = 2e-5
 
