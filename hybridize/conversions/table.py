@@ -8,5 +8,7 @@ CONVERSIONS = Registry(
         "attention": "hybridize.conversions.keep:Keep",
         "streaming": "hybridize.conversions.keep:Keep",
         "mamba2": "hybridize.conversions.mamba2_from_gqa:Mamba2FromGQA",
+        "gdn": "hybridize.conversions.gdn_from_gqa:GDNFromGQA",
+        "kda": "hybridize.conversions.gdn_from_gqa:GDNFromGQA",
     },
 )
