@@ -33,8 +33,8 @@ class Seed:
     """Of the convolution, oldest first, [(H + 2 G) d, K]."""
     half_life: Tensor
     """Tokens, [H]."""
-    beta: Tensor
-    """Write strength as a share of beta_max, [H]; its logit becomes a bias."""
+    beta_logit: Tensor
+    """Bias of beta before its sigmoid, [H]."""
     beta_rows: Tensor
     """How beta's logit follows the input, [H, D]."""
     out: Tensor
@@ -90,7 +90,7 @@ def carried(source: dict[str, Tensor], mixer: DeltaMixer, config: Any) -> Seed:
         qkv_bias=bias,
         taps=taps,
         half_life=torch.full((mixer.num_heads,), SLOW_HALF_LIFE),
-        beta=torch.full((mixer.num_heads,), 0.5),
+        beta_logit=torch.zeros(mixer.num_heads),
         beta_rows=torch.zeros(mixer.num_heads, qkv.shape[1]),
         out=source["o_proj.weight"].float().clone(),
         out_bias=source["o_proj.bias"].float().clone() if "o_proj.bias" in source else None,
@@ -105,7 +105,7 @@ def named(seed: Seed, mixer: DeltaMixer, generator: torch.Generator) -> dict[str
     rate = math.log(2) / seed.half_life
     made = {"conv1d.weight": seed.taps[:, None].clone(), **seed.norms}
     linear: dict[str, tuple[Tensor, Tensor]] = {}
-    beta = (seed.beta_rows, torch.logit(seed.beta.double()).float())
+    beta = (seed.beta_rows, seed.beta_logit)
     if isinstance(mixer, GDNMixer):
         linear["in_proj_qkv"] = (seed.qkv, seed.qkv_bias)
         linear["in_proj_z"] = (torch.zeros(mixer.inner, inputs), torch.full((mixer.inner,), OPEN_GATE))
