@@ -49,7 +49,8 @@ class DeltaOptions:
     qk_norm: bool = True
     """Keep the base's q/k-norms, if it has them; otherwise their weights are folded into the projections."""
     rope: bool = False
-    """Turn q and k by the base's rotary embedding before the delta rule."""
+    """Turn q and k by the base's rotary embedding before the delta rule. With kda, scores then depend on distance alone only
+    where the two channels of a rotary pair decay alike, as they do at the start."""
     beta_max: Literal[1, 2] = 1
     """Upper end of beta; above 1 the state may also be reflected (arXiv 2411.12537)."""
     norm_eps: float | None = None
