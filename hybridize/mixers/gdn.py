@@ -16,6 +16,7 @@ Source: Yang, Kautz, Hatamizadeh, arXiv 2412.06464, section 3; transformers mode
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -89,6 +90,12 @@ class DeltaMixer(nn.Module):
     `gated(y, u)` and `project_out`.
     """
 
+    qkv: Callable[[Tensor], Tensor]
+    log_decay: Callable[[Tensor], Tensor]
+    beta_logits: Callable[[Tensor], Tensor]
+    gated: Callable[[Tensor, Tensor], Tensor]
+    project_out: Callable[[Tensor], Tensor]
+
     def __init__(self, config: Any, layer_idx: int, options: DeltaOptions):
         super().__init__()
         self.layer_idx, self.options = layer_idx, options
@@ -145,17 +152,18 @@ class DeltaMixer(nn.Module):
             qkv = qkv * padding_mask[:, :, None].to(qkv.dtype)
             beta = beta * padding_mask[:, :, None]
             g = g * padding_mask.view(*padding_mask.shape, *(1,) * (g.dim() - 2))
-        weight, past = self.conv1d.weight[:, 0], entry is not None and entry.seen > 0
-        if past:
-            entry.conv, entry.state = entry.conv.to(qkv), entry.state.to(qkv.device)
-        if past and new == 1:
-            qkv = causal_conv1d_step(qkv[:, 0], weight, None, entry.conv)[:, None]
+        weight = self.conv1d.weight[:, 0]
+        past = entry if entry is not None and entry.seen > 0 else None
+        if past is not None:
+            past.conv, past.state = past.conv.to(qkv), past.state.to(qkv.device)
+        if past is not None and new == 1:
+            qkv = causal_conv1d_step(qkv[:, 0], weight, None, past.conv)[:, None]
             q, k, v = self._heads(qkv, position_embeddings)
-            y = gdn_step(q[:, 0], k[:, 0], v[:, 0], g[:, 0], beta[:, 0], entry.state)[:, None]
+            y = gdn_step(q[:, 0], k[:, 0], v[:, 0], g[:, 0], beta[:, 0], past.state)[:, None]
         else:
-            qkv, conv = causal_conv1d(qkv, weight, None, entry.conv if past else None, "silu", segment_ids)
+            qkv, conv = causal_conv1d(qkv, weight, None, None if past is None else past.conv, "silu", segment_ids)
             q, k, v = self._heads(qkv, position_embeddings)
-            y, state = gdn(q, k, v, g, beta, entry.state if past else None, segment_ids)
+            y, state = gdn(q, k, v, g, beta, None if past is None else past.state, segment_ids)
             if entry is not None:
                 entry.conv, entry.state = conv.detach(), state.detach()
         if entry is not None:

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.models.qwen3_5.configuration_qwen3_5 import Qwen3_5TextConfig
 from transformers.models.qwen3_5.modeling_qwen3_5 import Qwen3_5ForCausalLM
 
@@ -15,6 +15,7 @@ from hybridize.conversions.gdn_from_gqa import GDNFromGQA
 from hybridize.conversions.gdn_seed import OPEN_GATE, carried, named
 from hybridize.conversions.layer import LayerCalibration, convert_layer, materialised
 from hybridize.conversions.plan import build_mixer
+from hybridize.data import eval_blocks, read_documents, tokenize
 from hybridize.errors import CheckpointError, ConfigError
 from hybridize.families import FAMILIES
 from hybridize.mixers import MIXERS
@@ -253,3 +254,30 @@ def test_what_is_not_native(family, options, reason, tmp_path):
     assert "latent attention" in verdict["reason"]
     every = plan(base, {"keep": {"layers": []}, "mixer": {"name": "gdn", **NATIVE}}, "t", 0).native
     assert every["target"] == "none"
+
+
+@pytest.mark.data
+def test_real_model_before_any_training(shared_data, tmp_path):
+    """stories260K, layers 1 and 3 of 5, with room for another machine's rounding."""
+    path = shared_data / "models" / "stories260K"
+    base = open_base(path)
+    tokenizer = AutoTokenizer.from_pretrained(path)
+
+    def rows(name, count):
+        blocks = eval_blocks(tokenize(tokenizer, read_documents(shared_data / "text" / "tinystories" / name)), 256, 1)
+        return blocks[torch.linspace(0, len(blocks) - 1, count).long()]
+
+    train, dev = rows("v1_train.txt", 48), rows("v1_dev.txt", 24)
+
+    def perplexity(model):
+        with torch.no_grad():
+            logits = model.eval()(dev).logits[:, :-1]
+        return math.exp(float(F.cross_entropy(logits.flatten(0, 1), dev[:, 1:].flatten())))
+
+    found = {"base": perplexity(load_model(path))}
+    for method in ("calibrated", "copy"):
+        made = plan(base, {"keep": {"layers": [0, 2, 4]}, "mixer": {"name": "gdn", "method": method}}, "t", 0)
+        convert(made, tmp_path / method, train)
+        found[method] = perplexity(load_model(tmp_path / method))
+    assert found["calibrated"] < 1.35 * found["base"]
+    assert found["copy"] > 20 * found["base"]

@@ -178,7 +178,8 @@ class _ChunkedGDN(torch.autograd.Function):
         dstate = dlast_BHNP.to(states.dtype)
         widest = _widest(g, k.shape[-1], v.shape[-1], ctx.chunk)
         with no_autocast(v):
-            for block in reversed(_blocks(*beta.shape, widest, ctx.chunk)):
+            batch, tokens, heads = beta.shape
+            for block in reversed(_blocks(batch, tokens, heads, widest, ctx.chunk)):
                 dstate = _backward_block(block, inputs, segments, states, dy_BTHP, dstate, grads)
         return *grads, dstate if ctx.needs_input_grad[5] else None, None, None
 
