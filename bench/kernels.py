@@ -3,7 +3,7 @@
     python bench/kernels.py --json kernels.json
 
 Each implementation is first compared with the float64 reference; if one is wrong, nothing is timed.
-The runs are interleaved, so a busy neighbour slows all of them alike. The anchor of `ssd` is the
+The runs are interleaved, so a busy neighbour slows all of them alike. The anchor of `ssd` and `gdn` is the
 token-by-token scan under autograd, of `conv` the library's depthwise `conv1d`, of `gated_norm` the
 eager chain of operations. Ratios are of medians; the minimum is shown beside them.
 """
@@ -27,6 +27,8 @@ from hybridize.kernels.conv import causal_conv1d  # noqa: E402
 from hybridize.kernels.conv.reference import causal_conv1d_reference  # noqa: E402
 from hybridize.kernels.gated_norm import gated_rms_norm  # noqa: E402
 from hybridize.kernels.gated_norm.reference import gated_rms_norm_reference  # noqa: E402
+from hybridize.kernels.gdn import gdn  # noqa: E402
+from hybridize.kernels.gdn.reference import gdn_reference  # noqa: E402
 from hybridize.kernels.ssd import ssd  # noqa: E402
 from hybridize.kernels.ssd.reference import ssd_reference  # noqa: E402
 from tests.tolerances import TOLERANCES, rms_ratio  # noqa: E402
@@ -60,9 +62,20 @@ def ssd_inputs(x_heads, groups, maps):
     ]
 
 
+def gdn_inputs(queries, others, *channels):
+    return [
+        torch.randn(BATCH, TOKENS, queries, N) / N**0.5,
+        F.normalize(torch.randn(BATCH, TOKENS, others, N), dim=-1),
+        torch.randn(BATCH, TOKENS, others, P),
+        -F.softplus(torch.randn(BATCH, TOKENS, HEADS, *channels) - 2),
+        torch.sigmoid(torch.randn(BATCH, TOKENS, HEADS)),
+    ]
+
+
 def operations():
     """{op: (inputs, float64 reference, {implementation: function})}; the first is the anchor."""
     scans = {"scan": ssd_reference, "chunked": ssd}
+    deltas = {"scan": gdn_reference, "chunked": gdn}
     width = HEADS * P
     norm_inputs = [torch.randn(BATCH, TOKENS, width) for _ in range(2)] + [torch.randn(width)]
     options = {"eps": 1e-5, "group_size": P}
@@ -70,6 +83,9 @@ def operations():
         "ssd": (ssd_inputs(HEADS, HEADS, HEADS), ssd_reference, scans),
         "ssd, 2 B and C": (ssd_inputs(HEADS, 2, 2), ssd_reference, scans),
         "ssd, 2 x and B": (ssd_inputs(2, 2, HEADS), ssd_reference, scans),
+        "gdn": (gdn_inputs(HEADS, HEADS), gdn_reference, deltas),
+        "gdn, 2 k and v": (gdn_inputs(HEADS, 2), gdn_reference, deltas),
+        "gdn, channels": (gdn_inputs(HEADS, HEADS, N), gdn_reference, deltas),
         "conv": (
             [
                 torch.randn(BATCH, TOKENS, CHANNELS),

@@ -22,6 +22,10 @@ def native_verdict(config: Any, mixers: list[dict[str, Any]]) -> dict[str, str]:
         return {"target": config.model_type, "reason": "every layer is kept: the base's own class"}
     if names <= {"attention", "mamba2"}:
         return _granite(config, mixers)
+    if names <= {"attention", "gdn"}:
+        return _qwen(config, mixers)
+    if names <= {"attention", "kda"}:
+        return _none("the native classes with Kimi delta attention have latent attention beside it, not the base's")
     if names <= {"attention", "streaming"}:
         return _windowed(config, [spec for spec in mixers if spec["name"] == "streaming"])
     for name, reason in NO_CLASS.items():
@@ -50,6 +54,28 @@ def _granite(config: Any, mixers: list[dict[str, Any]]) -> dict[str, str]:
     if getattr(config, "mlp_bias", False):
         return _none("the base has biases in its MLP, the native class has none")
     return {"target": "granitemoehybrid", "reason": "attention and Mamba2 under its names"}
+
+
+def _qwen(config: Any, mixers: list[dict[str, Any]]) -> dict[str, str]:
+    recurrent = [spec for spec in mixers if spec["name"] == "gdn"]
+    # Keys and values that stay grouped are no obstacle: export repeats them.
+    plain = {"proj_bias": False, "qk_norm": False, "rope": False, "beta_max": 1}
+    if config.model_type.removeprefix("hybrid_") != "qwen3":
+        return _none("the native class has q/k-norms in its attention layers, which the base has not")
+    if getattr(config, "attention_bias", False):
+        return _none("the base has biases in its attention, the native Gated DeltaNet has none")
+    if config.hidden_act != "silu":
+        return _none(f"hidden_act is {config.hidden_act}, which the native class would use after the convolution instead of SiLU")
+    if len(recurrent) == len(mixers):
+        return _none("the native class needs at least one attention layer to generate")
+    if any(spec["conv_tokens"] != recurrent[0]["conv_tokens"] for spec in recurrent):
+        return _none("the native class has one conv_tokens for all layers")
+    for spec in recurrent:
+        if odd := [f"{key}: {spec[key]}".lower() for key, value in plain.items() if spec[key] != value]:
+            return _none(f"the native Gated DeltaNet has no place for {odd[0]}")
+        if spec["norm_eps"] not in (None, config.rms_norm_eps):
+            return _none(f"norm_eps is {spec['norm_eps']}, the native class takes the base's {config.rms_norm_eps}")
+    return {"target": "qwen3_5_text", "reason": "attention with its gate at 1/2 and Gated DeltaNet under its names"}
 
 
 def _windowed(config: Any, windowed: list[dict[str, Any]]) -> dict[str, str]:

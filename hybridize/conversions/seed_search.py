@@ -20,7 +20,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hybridize.conversions.fitting import inverse_softplus, solve_out_proj
+from hybridize.conversions.fitting import (
+    inverse_softplus,
+    shifted,
+    size_and_norm,
+    solve_out_proj,
+    solve_taps,
+    taps_applied,
+)
 from hybridize.conversions.layer import LayerCalibration, materialised
 from hybridize.errors import ConfigError
 from hybridize.mixers.mamba2 import Mamba2Mixer
@@ -30,13 +37,9 @@ OPEN_GATE = 1.2784645427610738
 # (scale, shift) of SiLU on B and C. Chosen on stories260K among eleven; more brought under 1 % of perplexity.
 FEATURES = ((0.25, 0.5), (0.25, 1.0), (1.0, 0.5), (2.0, 0.0))
 HALF_LIVES = (0.5, 1, 2, 4, 8, 16, 32, 64, 128, 256, 1024)
-# rms of y over sqrt(eps): from the norm's linear range to full normalisation.
-SIZES = (0.05, 0.3, 1.0, 3.0, 10.0)
 # x enters SiLU this small, where it is x / 2 to within a few per cent.
 X_RMS = 0.05
-RIDGE = 1e-3
 SEARCH_SEQUENCES = 10
-ALTERNATIONS = 4
 
 
 def search(made: dict[str, Tensor], mixer: Mamba2Mixer, config: Any, calibration: LayerCalibration) -> dict[str, Tensor]:
@@ -64,7 +67,7 @@ def search(made: dict[str, Tensor], mixer: Mamba2Mixer, config: Any, calibration
         members = range(group * per_group, (group + 1) * per_group)
         found = _search_group(q[:, members.start : members.stop], k[:, group], v[:, group],
                               context[:, members.start : members.stop], taps, norms)  # fmt: skip
-        rms = _taps_applied(v[:, group], found["taps"]).pow(2).mean().sqrt()
+        rms = taps_applied(v[:, group], found["taps"]).pow(2).mean().sqrt()
         x_scale = X_RMS / max(float(rms), 1e-12)
         scale, shift = FEATURES[found["feature"]]
         x_rows = slice(x0 + group * width, x0 + (group + 1) * width)
@@ -103,15 +106,6 @@ def _features(x: Tensor, feature: tuple[float, float], norm: Tensor | None, eps:
     return out
 
 
-def _shifted(v: Tensor, taps: int) -> Tensor:
-    """v delayed by 0 .. taps-1 tokens, [n, T, J, P]."""
-    return torch.stack([F.pad(v, (0, 0, j, 0))[:, : v.shape[1]] for j in range(taps)], dim=2)
-
-
-def _taps_applied(v: Tensor, taps: Tensor) -> Tensor:
-    return torch.einsum("ntjp,pj->ntp", _shifted(v, taps.shape[-1]), taps)
-
-
 def _decay(tokens: int, half_life: float) -> Tensor:
     distance = torch.arange(tokens)[:, None] - torch.arange(tokens)[None]
     return torch.where(distance >= 0, torch.exp2(-distance.clamp(min=0) / half_life), 0.0)
@@ -132,7 +126,7 @@ def _search_group(q: Tensor, k: Tensor, v: Tensor, context: Tensor, taps: int, n
         feature (index), half_life [h], taps [P, J], gain [h], norm [h, P].
     """
     members, tokens, width = q.shape[1], q.shape[2], q.shape[3]
-    delayed = _shifted(v, taps).flatten(2)
+    delayed = shifted(v, taps).flatten(2)
     decays = [_decay(tokens, half_life) for half_life in HALF_LIVES]
     energy = context.double().pow(2).sum((0, 2, 3))
     best: dict[str, Any] = {"error": math.inf}
@@ -146,66 +140,18 @@ def _search_group(q: Tensor, k: Tensor, v: Tensor, context: Tensor, taps: int, n
                 mixed = ((scores * decay) @ delayed).unflatten(2, (taps, width))
                 gram[head, place] = torch.einsum("ntjp,ntkp->pjk", mixed, mixed)
                 cross[head, place] = torch.einsum("ntjp,ntp->pj", mixed, context[:, head])
-        solved = _solve_taps(gram, cross, energy)
+        solved = solve_taps(gram, cross, energy)
         if solved["error"] < best["error"]:
             best = {**solved, "feature": index}
     chosen = FEATURES[best["feature"]]
     keys = _features(k, chosen, norms[1], norms[2])
-    values = _taps_applied(v, best["taps"])
+    values = taps_applied(v, best["taps"])
     gains, weights = [], []
     for head in range(members):
         queries = _features(q[:, head], chosen, norms[0], norms[2])
         y = ((queries @ keys.transpose(1, 2)) * decays[int(best["place"][head])]) @ values
-        gain, weight = _size_and_norm(y, context[:, head])
+        gain, weight = size_and_norm(y, context[:, head])
         gains.append(gain)
         weights.append(weight)
     half_lives = torch.tensor([HALF_LIVES[int(p)] for p in best["place"]])
     return {**best, "half_life": half_lives, "gain": gains, "norm": torch.stack(weights)}
-
-
-def _solve_taps(gram: Tensor, cross: Tensor, energy: Tensor) -> dict[str, Any]:
-    """Taps shared by the heads, a half-life and a per-channel gain for each: alternating least squares.
-
-    Args:
-        gram: products of the delayed mixtures, [h, L, P, J, J], fp64, L half-lives.
-        cross: their products with the context, [h, L, P, J], fp64.
-        energy: the context's sum of squares, [h], fp64.
-
-    Returns:
-        error (mean over heads of the unexplained share), taps [P, J] fp32, place [h] (index of the half-life).
-    """
-    members, lives, width, taps = cross.shape
-    size = gram.diagonal(dim1=-2, dim2=-1).mean(-1).clamp(min=1e-30)
-    damping = RIDGE * size[..., None, None] * torch.eye(taps, dtype=gram.dtype)
-    alone = torch.linalg.solve(gram + damping, cross)
-    explained = ((alone * cross).sum((2, 3))) / energy[:, None].clamp(min=1e-30)
-    place = explained.argmax(dim=1)
-    rows = torch.arange(members)
-    gain = torch.ones(members, width, dtype=gram.dtype)
-    shared = alone[rows, place].mean(0)
-    for _ in range(ALTERNATIONS if members > 1 else 1):
-        weight = (gain**2 / energy[:, None].clamp(min=1e-30))[..., None, None]
-        left = (weight * (gram + damping)[rows, place]).sum(0)
-        right = ((gain / energy[:, None].clamp(min=1e-30))[..., None] * cross[rows, place]).sum(0)
-        shared = torch.linalg.solve(left + 1e-30 * torch.eye(taps, dtype=gram.dtype), right)
-        quadratic = torch.einsum("pj,hlpjk,pk->hlp", shared, gram, shared)
-        linear = torch.einsum("pj,hlpj->hlp", shared, cross)
-        gains = linear / quadratic.clamp(min=1e-30)
-        explained = (gains * linear).sum(2) / energy[:, None].clamp(min=1e-30)
-        place = explained.argmax(dim=1)
-        gain = gains[rows, place]
-    return {"error": float(1 - explained[rows, place].mean()), "taps": shared.float(), "place": place}
-
-
-def _size_and_norm(y: Tensor, context: Tensor) -> tuple[float, Tensor]:
-    """Gain that brings y to its best size before the norm, and the norm's weight [P] after it."""
-    rms = float(y.pow(2).mean().sqrt().clamp(min=1e-20))
-    best = (math.inf, 0.0, context[0, 0])
-    for size in SIZES:
-        scaled = y * (size / rms)
-        normed = scaled * torch.rsqrt(scaled.pow(2).mean(-1, keepdim=True) + 1)
-        weight = (normed * context).sum((0, 1)) / normed.pow(2).sum((0, 1)).clamp(min=1e-20)
-        error = float((context - normed * weight).pow(2).sum())
-        if error < best[0]:
-            best = (error, size / rms, weight)
-    return best[1], best[2]

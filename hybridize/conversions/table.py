@@ -10,5 +10,7 @@ CONVERSIONS = Registry(
         "block_sparse": "hybridize.conversions.keep:Keep",
         "streaming_heads": "hybridize.conversions.streaming_heads:HeadsFromGQA",
         "mamba2": "hybridize.conversions.mamba2_from_gqa:Mamba2FromGQA",
+        "gdn": "hybridize.conversions.gdn_from_gqa:GDNFromGQA",
+        "kda": "hybridize.conversions.gdn_from_gqa:GDNFromGQA",
     },
 )

@@ -10,5 +10,7 @@ MIXERS = Registry(
         "block_sparse": "hybridize.mixers.block_sparse:BlockSparse",
         "streaming_heads": "hybridize.mixers.streaming_heads:StreamingHeads",
         "mamba2": "hybridize.mixers.mamba2:Mamba2",
+        "gdn": "hybridize.mixers.gdn:GDN",
+        "kda": "hybridize.mixers.kda:KDA",
     },
 )
