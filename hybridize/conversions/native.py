@@ -19,6 +19,10 @@ def native_verdict(config: Any, mixers: list[dict[str, Any]]) -> dict[str, str]:
         return _granite(config, mixers)
     if names <= {"attention", "streaming"}:
         return _windowed(config, [spec for spec in mixers if spec["name"] == "streaming"])
+    if names <= {"attention", "gla"}:
+        return _none("no native class has gated linear attention beside a softmax window")
+    if names <= {"attention", "lolcats"}:
+        return _none("no native class has a softmax window and feature maps under one normaliser")
     return _none(f"no class of transformers mixes {', '.join(sorted(names))}")
 
 

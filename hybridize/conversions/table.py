@@ -8,5 +8,7 @@ CONVERSIONS = Registry(
         "attention": "hybridize.conversions.keep:Keep",
         "streaming": "hybridize.conversions.keep:Keep",
         "mamba2": "hybridize.conversions.mamba2_from_gqa:Mamba2FromGQA",
+        "gla": "hybridize.conversions.gla_from_attention:GLAFromAttention",
+        "lolcats": "hybridize.conversions.lolcats_from_attention:LoLCATsFromAttention",
     },
 )

@@ -8,5 +8,7 @@ MIXERS = Registry(
         "attention": "hybridize.mixers.attention:Attention",
         "streaming": "hybridize.mixers.streaming:Streaming",
         "mamba2": "hybridize.mixers.mamba2:Mamba2",
+        "gla": "hybridize.mixers.gla:GLA",
+        "lolcats": "hybridize.mixers.lolcats:LoLCATs",
     },
 )

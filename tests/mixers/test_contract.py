@@ -12,7 +12,11 @@ from hybridize.mixers import MIXERS
 from tests.tiny import tiny_base
 
 # Small values of options, so that twenty tokens fill every cache.
-SMALL = {"streaming": {"sink_tokens": 2, "window_tokens": 5}}
+SMALL = {
+    "streaming": {"sink_tokens": 2, "window_tokens": 5},
+    "gla": {"window_tokens": 5},
+    "lolcats": {"window_tokens": 5},
+}
 CASES = [(family, name) for family in FAMILIES for name in MIXERS.names()]
 ATOL = 2e-5
 

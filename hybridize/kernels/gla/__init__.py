@@ -109,7 +109,7 @@ def _check(op, q, k, v, log_decay, state, leading, required=False):
     heads, states, width = q.shape[leading], k.shape[leading], k.shape[-1]
     if states < 1 or heads % states or v.shape[leading] != states or log_decay.shape[leading] != states:
         raise ConfigError(
-            f"run {op}: heads: got {heads} of q, {states} of k, {v.shape[leading]} of v, {log_decay.shape[leading]} of log_decay; "
+            f"run {op}: heads: got {heads} of q, {states} of k, {v.shape[leading]} of v, {log_decay.shape[leading]} of decay; "
             "expected as many of k, v and log_decay, a divisor of q's."
         )
     if q.shape[-1] != width or log_decay.shape[-1] not in (1, width):
