@@ -86,7 +86,8 @@ def search(made: dict[str, Tensor], mixer: GatedLinearAttention, calibration: La
     inputs, context = calibration.inputs[part], calibration.context[part].unflatten(-1, (mixer.num_heads, -1)).double()
     energy = context.pow(2).sum((0, 1, 3)).clamp(min=1e-30)
     gated = mixer.options.gate == "head"
-    module = materialised(mixer, made)
+    # Cloned: the search writes into the module's own copies.
+    module = materialised(mixer, {name: tensor.clone() for name, tensor in made.items()})
     best = torch.full((mixer.state_heads,), math.inf, dtype=torch.float64)
     with torch.no_grad():
         q, k, v = module.project(inputs)

@@ -70,7 +70,8 @@ def search(made: dict[str, Tensor], mixer: LoLCATsAttention, calibration: LayerC
     """
     part = slice(0, min(SEARCH_SEQUENCES, calibration.inputs.shape[0]))
     context = calibration.context[part].unflatten(-1, (mixer.num_heads, -1)).transpose(1, 2)
-    module = materialised(mixer, made)
+    # Cloned: the search writes into the module's own copies.
+    module = materialised(mixer, {name: tensor.clone() for name, tensor in made.items()})
     identity = made["feature_map_q"].clone()
     best = torch.full((mixer.num_heads,), math.inf, dtype=torch.float64)
     with torch.no_grad():
