@@ -138,9 +138,11 @@ class LoLCATsAttention(nn.Module):
         else:
             keys, values = k, v
         state = None if entry is None else entry.state
-        far, state = self.beyond(q, keys, values, state, real, segment_ids, decode=entry is not None)
-        near = self.inside(q, keys, values, real, segment_ids)
-        y = self.join(near, far, torch.sigmoid(self.window_factors.to(near)))
+        # A score rounded to bf16 is another weight: all sums under the normaliser are fp32, whatever the autocast.
+        with torch.autocast(q.device.type, enabled=False):
+            far, state = self.beyond(q, keys, values, state, real, segment_ids, decode=entry is not None)
+            near = self.inside(q, keys, values, real, segment_ids)
+            y = self.join(near, far, torch.sigmoid(self.window_factors.to(near)))
         if entry is not None:
             if padding_mask is not None:
                 entry.pads = (~padding_mask).sum(dim=1) + (0 if entry.pads is None else entry.pads)
@@ -245,7 +247,7 @@ class LoLCATsAttention(nn.Module):
         """
         new, groups = q.shape[2], keys.shape[1]
         held = keys.shape[2] - new
-        queries = q.unflatten(1, (groups, -1)) * self.head_dim**-0.5
+        queries = _wide(q).unflatten(1, (groups, -1)) * self.head_dim**-0.5
         index = torch.arange(keys.shape[2], device=q.device)
         pieces = []
         for start in range(0, new, QUERY_BLOCK):
@@ -258,7 +260,7 @@ class LoLCATsAttention(nn.Module):
                 seen = (seen & real[:, None, first:last]) | (distance == 0)
             if segments is not None:
                 seen = seen & (segments[:, start:stop, None] == segments[:, None, first:last])
-            scores = _wide(queries[:, :, :, start:stop] @ keys[:, :, None, first:last].mT)
+            scores = queries[:, :, :, start:stop] @ _wide(keys[:, :, None, first:last]).mT
             scores = scores.masked_fill(~seen[:, None, None], -math.inf)
             weights = (scores - scores.amax(-1, keepdim=True)).exp()
             total = weights.sum(-1, keepdim=True)

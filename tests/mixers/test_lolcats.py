@@ -134,6 +134,19 @@ def test_scores_of_any_size_stay_finite(bases):
         assert torch.isfinite(module(u, angles)[0]).all()
 
 
+def test_autocast_reaches_the_projections_alone(bases):
+    """Only the projections may be rounded: scores or sums in bf16 would be off by far more than the bound."""
+    _, module, _, u, angles = layer(bases, "llama")
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        found = module.context(u, angles)
+        q, k, v = module.project(u, angles)
+    with torch.no_grad():
+        far, _ = module.beyond(q.float(), k.float(), v.float(), None, None, None)
+        near = module.inside(q.float(), k.float(), v.float(), None, None)
+        exact = module.join(near, far, torch.sigmoid(module.window_factors)).transpose(1, 2).flatten(2)
+    assert_close(found, exact, "fp32")
+
+
 def test_the_start_is_the_identity(bases):
     model = modeling.build_model(
         modeling.hybrid_config(AutoConfig.from_pretrained(bases["llama"]), [{"name": "lolcats", "feature_dim": 6}] * 3)
