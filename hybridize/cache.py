@@ -110,6 +110,26 @@ class SplitHeadsLayer(SinkWindowLayer):
     full_values: Any
 
 
+class WindowStateLayer(SinkWindowLayer):
+    """A window of keys and values as in SinkWindowLayer (none without a window) and a `state` [B, S, N, P] in fp32."""
+
+    tensor_names = (*SinkWindowLayer.tensor_names, "state")
+    state: Any
+
+
+class LeavingWindowLayer(ForgetfulLayer):
+    """Keys and values of the last tokens in their order, [B, G, held, d], and the sum over those that left the window.
+
+    `state` [B, H, F, d + 1] is fp32 and None until a token has left. `pads` [B] counts each row's padding; None is none.
+    """
+
+    tensor_names = ("keys", "values", "pads", "state")
+    keys: Any
+    values: Any
+    pads: Any
+    state: Any
+
+
 def own_layer(cache: Cache, layer_idx: int, kind: type[ForgetfulLayer]) -> Any:
     """The cache entry of a mixer, put in place of transformers' own on first use.
 

@@ -7,6 +7,9 @@ from hybridize.families import FAMILIES, family_of, head_dim
 NO_CLASS = {
     "block_sparse": "no native class keeps strided blocks beside a window",
     "streaming_heads": "no native class gives the heads of one layer different windows",
+    "gla": "no native class has gated linear attention beside a softmax window",
+    "lolcats": "no native class has a softmax window and feature maps under one normaliser",
+    "kda": "the native classes with Kimi delta attention have latent attention beside it, not the base's",
 }
 
 
@@ -24,8 +27,6 @@ def native_verdict(config: Any, mixers: list[dict[str, Any]]) -> dict[str, str]:
         return _granite(config, mixers)
     if names <= {"attention", "gdn"}:
         return _qwen(config, mixers)
-    if names <= {"attention", "kda"}:
-        return _none("the native classes with Kimi delta attention have latent attention beside it, not the base's")
     if names <= {"attention", "streaming"}:
         return _windowed(config, [spec for spec in mixers if spec["name"] == "streaming"])
     for name, reason in NO_CLASS.items():

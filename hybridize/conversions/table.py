@@ -12,5 +12,7 @@ CONVERSIONS = Registry(
         "mamba2": "hybridize.conversions.mamba2_from_gqa:Mamba2FromGQA",
         "gdn": "hybridize.conversions.gdn_from_gqa:GDNFromGQA",
         "kda": "hybridize.conversions.gdn_from_gqa:GDNFromGQA",
+        "gla": "hybridize.conversions.gla_from_attention:GLAFromAttention",
+        "lolcats": "hybridize.conversions.lolcats_from_attention:LoLCATsFromAttention",
     },
 )

@@ -12,5 +12,7 @@ MIXERS = Registry(
         "mamba2": "hybridize.mixers.mamba2:Mamba2",
         "gdn": "hybridize.mixers.gdn:GDN",
         "kda": "hybridize.mixers.kda:KDA",
+        "gla": "hybridize.mixers.gla:GLA",
+        "lolcats": "hybridize.mixers.lolcats:LoLCATs",
     },
 )

@@ -183,6 +183,8 @@ OTHER_EPS = {**MAMBA, "norm_eps": 1e-3}
             "no class of transformers mixes mamba2, streaming",
         ),
         ("llama", {"layers": {0: WINDOW, "default": {**WINDOW, "window_tokens": 8}}}, "none", "one window"),
+        ("llama", {"keep": {"every": 3}, "mixer": {"name": "gla"}}, "none", "gated linear attention"),
+        ("llama", {"keep": {"every": 3}, "mixer": {"name": "lolcats"}}, "none", "one normaliser"),
     ],
 )
 def test_native_verdict(bases, family, section, target, reason):

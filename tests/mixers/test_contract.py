@@ -16,6 +16,8 @@ SMALL = {
     "streaming": {"sink_tokens": 2, "window_tokens": 5},
     "block_sparse": {"sink_tokens": 1, "window_tokens": 4, "block_tokens": 3, "stride_blocks": 3},
     "streaming_heads": {"sink_tokens": 2, "window_tokens": 5, "full_heads": [1]},
+    "gla": {"window_tokens": 5},
+    "lolcats": {"window_tokens": 5},
 }
 CASES = [(family, name) for family in FAMILIES for name in MIXERS.names()]
 ATOL = 2e-5
