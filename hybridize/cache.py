@@ -90,6 +90,10 @@ class RecurrentLayer(ForgetfulLayer):
     state: Any
 
 
+class StatelessLayer(ForgetfulLayer):
+    """Entry of a mixer that keeps nothing: it counts tokens, so that sizes taken from any layer agree."""
+
+
 class SinkWindowLayer(ForgetfulLayer):
     """Keys and values of the first `sink` tokens of each row and of the last `window` ones, [B, G, slots, d].
 

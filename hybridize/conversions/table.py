@@ -8,5 +8,6 @@ CONVERSIONS = Registry(
         "attention": "hybridize.conversions.keep:Keep",
         "streaming": "hybridize.conversions.keep:Keep",
         "mamba2": "hybridize.conversions.mamba2_from_gqa:Mamba2FromGQA",
+        "gmu": "hybridize.conversions.gmu_from_gqa:GMUFromGQA",
     },
 )
