@@ -84,7 +84,7 @@ def layer_specs(section: dict[str, Any], count: int) -> list[dict[str, Any]]:
         raise ConfigError(f"plan.budget {NEEDS_SCORES}. Use keep and mixer, layers, or parts")
     for form in ("layers", "parts"):
         if form in section and (others := [key for key in known if key in section and key != form]):
-            raise ConfigError(f"plan: got {form} together with {' and '.join(others)}, expected one or the other. Remove one")
+            raise ConfigError(f"plan: got {form} together with {' or '.join(others)}, expected one or the other. Remove one")
     if "parts" in section:
         return _from_parts(section["parts"], count)
     if "layers" in section:
