@@ -90,6 +90,10 @@ class RecurrentLayer(ForgetfulLayer):
     state: Any
 
 
+class StatelessLayer(ForgetfulLayer):
+    """Entry of a mixer that keeps nothing: it counts tokens, so that sizes taken from any layer agree."""
+
+
 class SinkWindowLayer(ForgetfulLayer):
     """Keys and values of the tokens of each row that can still be read, [B, G, slots, d]; mixers/windowed.py says which.
 

@@ -27,18 +27,24 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3ForCausalLM, Qwen3Mode
 
 from hybridize.errors import ConfigError
 from hybridize.mixers import MIXERS
+from hybridize.mixers.memory import Memories, check_reads, read_layers
 
 # Kept in fp32 whatever the model's dtype: a decay rounded to bf16 is another half-life.
 FP32_PARAMETERS = ["A_log", "dt_bias", "D"]
 
 
 def mixer_options(config: Any) -> list[Any]:
-    """The options object of each layer. Raises ConfigError when `mixers` does not fit the layers."""
+    """The options object of each layer. Raises ConfigError when `mixers` does not fit the layers, or one does not another."""
     specs = config.mixers
     if not isinstance(specs, list) or len(specs) != config.num_hidden_layers:
         found = len(specs) if isinstance(specs, list) else specs
         raise ConfigError(f"config.json: mixers has {found} entries, expected num_hidden_layers = {config.num_hidden_layers}")
-    return [MIXERS.build(spec) for spec in specs]
+    options = [MIXERS.build(spec) for spec in specs]
+    try:
+        check_reads([spec["name"] for spec in specs], options, config, MIXERS)
+    except ConfigError as error:
+        raise ConfigError(f"config.json: {error}") from error
+    return options
 
 
 def state_bytes(config: Any, tokens: int) -> int:
@@ -57,6 +63,7 @@ class HybridModelMixin:
             if mixer is not None:
                 self.layers[index].self_attn = mixer
         self.forgets = any(options.forgets for options in self.mixer_options)
+        self.read_layers = read_layers(self.mixer_options)
         self.post_init()
 
     def forward(
@@ -71,8 +78,11 @@ class HybridModelMixin:
     ) -> Any:
         """As the family's own; adds `padding_mask` [B, T] and `segment_ids` [B, T] for the mixers (either may be None).
 
+        Where some layer reads another one's memory, `memories` goes with them, a place that lives for this pass.
+
         Raises:
-            ConfigError: a mask that is not [B, tokens], or right padding together with a cache.
+            ConfigError: a mask that is not [B, tokens], right padding together with a cache, or a way of checkpointing
+                gradients that would lose those of memories.
         """
         if not self.forgets:
             return super().forward(
@@ -98,11 +108,24 @@ class HybridModelMixin:
         segment_ids = None
         if position_ids is not None and attention_mask is None and past_key_values is None:
             segment_ids = find_packed_sequence_indices(position_ids.expand(tokens.shape[0], -1))
+        if self.read_layers:
+            self._check_checkpointing()
+            kwargs["memories"] = Memories(self.read_layers)
         return super().forward(
             input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids,
             past_key_values=past_key_values, inputs_embeds=inputs_embeds, use_cache=use_cache,
             padding_mask=padding_mask, segment_ids=segment_ids, **kwargs,
         )  # fmt: skip
+
+    def _check_checkpointing(self) -> None:
+        """Reentrant checkpoints run a layer without a graph and replay it from its first argument alone."""
+        for layer in self.layers if self.training and torch.is_grad_enabled() else ():
+            function = getattr(layer, "_gradient_checkpointing_func", None)
+            if layer.gradient_checkpointing and getattr(function, "keywords", {}).get("use_reentrant", True):
+                raise ConfigError(
+                    "gradient checkpointing has use_reentrant true, expected false: the gradient of memories would be lost. "
+                    'Enable it with {"use_reentrant": False}'
+                )
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

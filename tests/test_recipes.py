@@ -26,7 +26,7 @@ def test_built_in_recipes_are_valid_and_plan_on_every_family(name, bases):
 
 
 def test_the_promised_recipes_are_there():
-    assert {"mamba2", "streaming", "mamba-in-llama", "lighttransfer", "demo"} <= set(builtin_recipes())
+    assert {"mamba2", "streaming", "mamba-in-llama", "lighttransfer", "demo", "samba-y"} <= set(builtin_recipes())
 
 
 def test_a_resolved_recipe_reads_back_the_same(tmp_path):

@@ -21,6 +21,7 @@ from hybridize.core import Plan
 from hybridize.errors import ConfigError
 from hybridize.families import family_of
 from hybridize.mixers import MIXERS
+from hybridize.mixers.memory import Memories
 from hybridize.storage import write_bytes
 
 Progress = Callable[[str, float, float], None]
@@ -45,7 +46,8 @@ def calibrate(plan: Plan, base: Checkpoint, sequences: Tensor, folder: Path, pro
     Raises:
         ConfigError: token ids that the base's vocabulary does not have.
 
-    Memory: one decoder layer in fp32, and five activations of N * T * D fp32 numbers.
+    Memory: one decoder layer in fp32, five activations of N * T * D fp32 numbers, and for each layer that a later one reads
+    its memory, N * T * C of them, from that layer to its last reader.
     """
     conversions = [CONVERSIONS.build(layer.conversion) for layer in plan.layers]
     last = max(index for index, conversion in enumerate(conversions) if conversion.calibrated)
@@ -62,9 +64,13 @@ def calibrate(plan: Plan, base: Checkpoint, sequences: Tensor, folder: Path, pro
     angles = family.rotary(config)(teacher[:1], positions)
     student = teacher
     written: dict[int, Path] = {}
+    reads = {index: layer.mixer["reads"] for index, layer in enumerate(plan.layers[: last + 1]) if "reads" in layer.mixer}
+    memories: dict[int, Tensor] = {}
     for index in range(last + 1):
         layer = _decoder_layer(base, index)
         spec, conversion = plan.layers[index].mixer, conversions[index]
+        if index in reads.values():
+            memories[index] = torch.empty(*sequences.shape, MIXERS.build(spec).memory_width(config))
         wants = conversion.calibrated
         shared = student is teacher
         inputs, context, output, after = _run(layer, teacher, angles, capture=wants)
@@ -78,8 +84,11 @@ def calibrate(plan: Plan, base: Checkpoint, sequences: Tensor, folder: Path, pro
             # Nothing of the layer is needed while its seed is solved, which has matrices of its own.
             del layer, after
             mixer = build_mixer(MIXERS.build(spec), config, index)
-            measured = LayerCalibration(inputs=inputs, context=context, target=output, angles=angles) if wants else None
-            del inputs, context, output
+            memory = memories.get(reads.get(index, -1))
+            measured = None
+            if wants:
+                measured = LayerCalibration(inputs=inputs, context=context, target=output, angles=angles, memory=memory)
+            del inputs, context, output, memory
             if wants:
                 written[index] = path = folder / f"layer-{index:05d}.safetensors"
                 if not path.exists():
@@ -91,7 +100,9 @@ def calibrate(plan: Plan, base: Checkpoint, sequences: Tensor, folder: Path, pro
             if index < last:
                 layer = _decoder_layer(base, index)
                 layer.self_attn = materialised(mixer, {name: t.float() for name, t in tensors.items()})
-                student = _run(layer, student, angles, capture=False)[3]
+                student = _run(layer, student, angles, capture=False, memories=memories)[3]
+        for done in set(memories) - {reads[later] for later in reads if later > index}:
+            del memories[done]
         if progress is not None:
             progress("calibrate", index + 1, last + 1)
     return written
@@ -116,7 +127,9 @@ def _decoder_layer(base: Checkpoint, index: int) -> Any:
     return layer.eval()
 
 
-def _run(layer: Any, stream: Tensor, angles: tuple[Tensor, Tensor], capture: bool) -> tuple[Any, Any, Any, Tensor]:
+def _run(
+    layer: Any, stream: Tensor, angles: tuple[Tensor, Tensor], capture: bool, memories: dict[int, Tensor] | None = None
+) -> tuple[Any, Any, Any, Tensor]:
     """Forward a stream through one layer.
 
     Args:
@@ -124,6 +137,7 @@ def _run(layer: Any, stream: Tensor, angles: tuple[Tensor, Tensor], capture: boo
         stream: [N, T, D].
         angles: cos and sin, [1, T, d].
         capture: whether to keep what the layer's attention reads and makes.
+        memories: what layers below left, by index, [N, T, C] each; this layer's own is filled in where it is among them.
 
     Returns:
         (attention's input [N, T, D], o_proj's input [N, T, H * P], attention's output [N, T, D], the stream after the
@@ -148,8 +162,14 @@ def _run(layer: Any, stream: Tensor, angles: tuple[Tensor, Tensor], capture: boo
     after = torch.empty_like(stream)
     try:
         for start in range(0, stream.shape[0], ROWS):
-            rows = stream[start : start + ROWS]
-            after[start : start + ROWS] = layer(rows, attention_mask=None, position_embeddings=angles)
+            rows = slice(start, start + ROWS)
+            part = Memories(memories or ())
+            for index, whole in (memories or {}).items():
+                part.leave(index, whole[rows])
+            extra = {"memories": part} if memories else {}
+            after[rows] = layer(stream[rows], attention_mask=None, position_embeddings=angles, **extra)
+            for index, whole in (memories or {}).items():
+                whole[rows] = part.take(index)
     finally:
         for hook in hooks:
             hook.remove()

@@ -9,6 +9,8 @@ from torch import Tensor
 
 from hybridize.conversions.layer import LayerCalibration
 
+# SiLU is 1 here: with zero weights in front, such a bias starts a gate open and constant.
+OPEN_GATE = 1.2784645427610738
 RIDGE = 1e-3
 # Sequences per forward of the module whose projection is solved.
 ROWS = 4
@@ -26,7 +28,8 @@ def solve_out_proj(module: Any, prior: Tensor, bias: Tensor | None, calibration:
     """The weight of a mixer's last projection: ridge regression of the target on what that projection reads.
 
     Args:
-        module: a mixer whose `context(inputs)` is what its last projection reads, [N, T, C].
+        module: a mixer whose `context(inputs)`, or `context(inputs, memory)` where it reads one, is what its last projection
+            reads, [N, T, C].
         prior: the weight to stay near where the text says nothing (the base's o_proj), [D, C].
         bias: the projection's bias, which stays, or None.
         calibration: of this layer.
@@ -39,8 +42,9 @@ def solve_out_proj(module: Any, prior: Tensor, bias: Tensor | None, calibration:
     gram = torch.zeros(inner, inner, dtype=torch.float64)
     cross = torch.zeros(inner, prior.shape[0], dtype=torch.float64)
     with torch.no_grad():
-        for inputs, target in zip(calibration.inputs.split(ROWS), calibration.target.split(ROWS), strict=True):
-            rows = module.context(inputs).flatten(0, 1)
+        read = [calibration.inputs] if calibration.memory is None else [calibration.inputs, calibration.memory]
+        for target, *seen in zip(calibration.target.split(ROWS), *(t.split(ROWS) for t in read), strict=True):
+            rows = module.context(*seen).flatten(0, 1)
             wanted = target.flatten(0, 1) if bias is None else target.flatten(0, 1) - bias
             gram += (rows.T @ rows).double()
             cross += (rows.T @ wanted).double()

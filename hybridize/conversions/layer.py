@@ -83,6 +83,8 @@ class LayerCalibration:
     """What the student's mixer should add to its stream: the teacher's attention output and the stream's lag, [N, T, D]."""
     angles: tuple[Tensor, Tensor]
     """cos and sin of the base's rotary embedding, [1, T, P]."""
+    memory: Tensor | None = None
+    """What the student's layer that this one reads left, [N, T, C]; None where the mixer reads none."""
 
 
 def layer_generator(seed: int, index: int) -> torch.Generator:

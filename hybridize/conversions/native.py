@@ -23,6 +23,8 @@ def native_verdict(config: Any, mixers: list[dict[str, Any]]) -> dict[str, str]:
     names = {spec["name"] for spec in mixers}
     if names == {"attention"}:
         return {"target": config.model_type, "reason": "every layer is kept: the base's own class"}
+    if "gmu" in names:
+        return _none("no class of transformers has gated memory units")
     if names <= {"attention", "mamba2"}:
         return _granite(config, mixers)
     if names <= {"attention", "gdn"}:

@@ -12,6 +12,7 @@ from hybridize.core import LayerPlan, Plan
 from hybridize.errors import ConfigError
 from hybridize.families import FAMILIES
 from hybridize.mixers import MIXERS
+from hybridize.mixers.memory import check_reads, nearest_memory
 from hybridize.registry import make, suggest
 
 STATE_TOKENS = (1024, 4096, 8192, 32768, 131072)
@@ -80,16 +81,19 @@ def layer_specs(section: dict[str, Any], count: int) -> list[dict[str, Any]]:
     Raises:
         ConfigError: an unknown key, a form that contradicts itself, or a layer that the base does not have.
     """
-    known = ["keep", "mixer", "layers", "budget"]
+    known = ["keep", "mixer", "layers", "parts", "budget"]
     if not isinstance(section, dict):
         raise ConfigError(f"plan is {section!r}, expected a mapping with {', '.join(known)}")
     if unknown := [key for key in section if key not in known]:
         raise ConfigError(f"plan: unknown key {unknown[0]!r}. {suggest(str(unknown[0]), known)}")
     if "budget" in section:
-        raise ConfigError(f"plan.budget {NEEDS_SCORES}. Use keep and mixer, or layers")
+        raise ConfigError(f"plan.budget {NEEDS_SCORES}. Use keep and mixer, layers, or parts")
+    for form in ("layers", "parts"):
+        if form in section and (others := [key for key in known if key in section and key != form]):
+            raise ConfigError(f"plan: got {form} together with {' or '.join(others)}, expected one or the other. Remove one")
+    if "parts" in section:
+        return _from_parts(section["parts"], count)
     if "layers" in section:
-        if "keep" in section or "mixer" in section:
-            raise ConfigError("plan: got layers together with keep or mixer, expected one or the other. Remove one")
         return _from_layers(section["layers"], count)
     if "keep" not in section:
         raise ConfigError("plan.keep is missing. Say which layers stay attention, such as {every: 4}; {layers: []} is none")
@@ -115,6 +119,49 @@ def _from_layers(layers: Any, count: int) -> list[dict[str, Any]]:
         absent = next(index for index in range(count) if index not in named)
         raise ConfigError(f"plan.layers: layer {absent} is not named and there is no default. Add default: {{name: attention}}")
     return [named[index] if index in named else layers["default"] for index in range(count)]
+
+
+def _from_parts(parts: Any, count: int) -> list[dict[str, Any]]:
+    """Equal parts of the depth from the bottom up, the lower ones larger by one where it does not divide.
+
+    Each is {cycle: [mixers], last: mixer}: the cycle over and over, and `last`, if given, in place of its last layer.
+    """
+    known = ["cycle", "last"]
+    if not isinstance(parts, (list, tuple)) or not 1 <= len(parts) <= count:
+        raise ConfigError(f"plan.parts is {parts!r}, expected a list of 1 to {count} mappings with {' and '.join(known)}")
+    specs = []
+    for place, part in enumerate(parts):
+        where = f"plan.parts.{place}"
+        if not isinstance(part, dict) or not isinstance(part.get("cycle"), (list, tuple)) or not part["cycle"]:
+            raise ConfigError(f"{where}: got {part!r}, expected a mapping with cycle, a list of mixers, and perhaps last")
+        if unknown := [key for key in part if key not in known]:
+            raise ConfigError(f"{where}: unknown key {unknown[0]!r}. {suggest(str(unknown[0]), known)}")
+        # Rounded up, and so one layer for each at least.
+        size = -(-(place + 1) * count // len(parts)) - len(specs)
+        chosen = [part["cycle"][index % len(part["cycle"])] for index in range(size)]
+        specs += [*chosen[:-1], part.get("last", chosen[-1])]
+    return specs
+
+
+def _with_reads(spec: Any, below: list[Any]) -> Any:
+    """A layer's spec; where its mixer reads a layer and none is named, with the nearest below it that has a memory.
+
+    Args:
+        spec: as the recipe gives it, perhaps malformed.
+        below: options of the mixers of the layers below.
+    """
+    name = spec.get("name") if isinstance(spec, dict) else None
+    if name not in MIXERS.entries or "reads" in spec:
+        return spec
+    if "reads" not in {field.name for field in dataclasses.fields(MIXERS.load(name))}:
+        return spec
+    nearest = nearest_memory(below)
+    if nearest is None:
+        raise ConfigError(
+            f"plan: layer {len(below)}: mixer {name!r} reads the memory of a layer below it, and none of these has one. "
+            "Put a recurrent mixer such as mamba2 there"
+        )
+    return {**spec, "reads": nearest}
 
 
 def split_options(spec: Any, where: str) -> tuple[Any, Any]:
@@ -153,7 +200,7 @@ def plan(base: Described, section: dict[str, Any], recipe_name: str, seed: int, 
 
     Args:
         base: the base, or what its config.json says.
-        section: the recipe's `plan`: keep and mixer, or layers.
+        section: the recipe's `plan`: keep and mixer, layers, or parts.
         recipe_name: for the record.
         seed: of whatever a conversion draws at random.
         scores: layer scores; none are supported yet.
@@ -170,10 +217,11 @@ def plan(base: Described, section: dict[str, Any], recipe_name: str, seed: int, 
     if type(seed) is not int or seed < 0:
         raise ConfigError(f"seed is {seed!r}, expected an integer >= 0")
     config = base.config
-    layers, growth = [], 0.0
+    layers, mixers, growth = [], [], 0.0
     kept = MIXERS.build({"name": "attention"})
     for index, spec in enumerate(layer_specs(section, config.num_hidden_layers)):
-        mixer, conversion = split_options(spec, f"plan: layer {index}")
+        mixer, conversion = split_options(_with_reads(spec, mixers), f"plan: layer {index}")
+        mixers.append(mixer)
         try:
             module = build_mixer(mixer, config, index)
             if hasattr(conversion, "check"):
@@ -190,6 +238,10 @@ def plan(base: Described, section: dict[str, Any], recipe_name: str, seed: int, 
                 state_bytes={str(tokens): mixer.state_bytes(config, tokens) for tokens in STATE_TOKENS},
             )
         )
+    try:
+        check_reads([layer.mixer["name"] for layer in layers], mixers, config, MIXERS)
+    except ConfigError as error:
+        raise ConfigError(f"plan: {error}") from error
     return Plan(
         base=str(base.path),
         base_hash=base.config_hash,

@@ -14,5 +14,6 @@ CONVERSIONS = Registry(
         "kda": "hybridize.conversions.gdn_from_gqa:GDNFromGQA",
         "gla": "hybridize.conversions.gla_from_attention:GLAFromAttention",
         "lolcats": "hybridize.conversions.lolcats_from_attention:LoLCATsFromAttention",
+        "gmu": "hybridize.conversions.gmu_from_gqa:GMUFromGQA",
     },
 )

@@ -15,6 +15,7 @@ from hybridize.capture import LayerSignals, visit_layers
 from hybridize.distill.options import StageOptions, autocast
 from hybridize.distill.signals import Signals
 from hybridize.errors import ConfigError
+from hybridize.mixers.memory import Memories
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,12 +79,17 @@ class AlignStep:
             raise ConfigError(f"layer {signals.index} of the teacher gives zeros, so nothing can be aligned with it")
         self.scales[signals.index] = (mixed, update)
 
-    def layer_losses(self, signals: LayerSignals) -> Iterator[tuple[str, Tensor, float]]:
-        """Name, value and weight of each loss of one layer, with the student's mixer in the graph."""
+    def layer_losses(self, signals: LayerSignals, extra: dict[str, Any]) -> Iterator[tuple[str, Tensor, float]]:
+        """Name, value and weight of each loss of one layer, with the student's mixer in the graph.
+
+        Args:
+            signals: the teacher's, of this layer.
+            extra: what the student's mixer gets beside its input and the angles.
+        """
         layer = self.student.model.layers[signals.index]
         mixed_scale, hidden_scale = self.scales[signals.index]
         mixed, _ = layer.self_attn(
-            hidden_states=layer.input_layernorm(signals.hidden), position_embeddings=signals.position_embeddings
+            hidden_states=layer.input_layernorm(signals.hidden), position_embeddings=signals.position_embeddings, **extra
         )
         hidden = None
         if any("hidden" in loss.needs for loss in self.losses.values()):
@@ -105,14 +111,18 @@ class AlignStep:
             Losses: each loss by name as the mean over layers, and each layer's total under `layer.<index>`.
         """
         parts: dict[str, Tensor] = {}
+        # Layers come from the bottom up, so that what a layer reads is there: the student's memory, from the teacher's input.
+        memories = Memories(self.student.model.read_layers)
+        extra = {"memories": memories} if self.student.model.read_layers else {}
 
         def visit(signals: LayerSignals) -> None:
             with torch.enable_grad(), autocast(ids.device, self.options):
                 total = torch.zeros((), device=ids.device)
-                for name, value, weight in self.layer_losses(signals):
+                for name, value, weight in self.layer_losses(signals, extra):
                     total = total + weight * value
                     parts[name] = parts.get(name, 0) + value.detach() / len(self.layers)
             total.backward(torch.full_like(total, share / len(self.layers)))
+            memories.detach()
             parts[f"layer.{signals.index}"] = total.detach()
 
         with autocast(ids.device, self.options):

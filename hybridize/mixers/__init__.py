@@ -14,5 +14,6 @@ MIXERS = Registry(
         "kda": "hybridize.mixers.kda:KDA",
         "gla": "hybridize.mixers.gla:GLA",
         "lolcats": "hybridize.mixers.lolcats:LoLCATs",
+        "gmu": "hybridize.mixers.gmu:GMU",
     },
 )

@@ -9,8 +9,13 @@ stay grouped as in GQA (x and B have n_kv heads, repeated after the convolution)
     h_t = exp(dt_t A) h_{t-1} + dt_t x_t B_t^T              dt = softplus(dt + dt_bias), A = -exp(A_log)
     y_t = h_t C_t + D x_t
     out = W_out (w * RMSNorm_head(y * SiLU(z)))
+    memory = w * RMSNorm_head(y)                            for the layers that read this one: before the gate
 
 Letters: B batch, T tokens, H query heads, G value and key groups, P value width, N key width.
+The memory is what the layer's readers gate with gates of their own (mixers/gmu.py). SambaY hands over y itself, and where
+Mamba2 or a delta rule is read normalises after the reader's gate; here the norm stays on this side, because y has the size
+that this layer's norm and eps need, whatever that is, and a seed makes it a thousandth.
+
 Source: Dao and Gu, arXiv 2405.21060, section 7; the layout of Wang et al., arXiv 2408.15237.
 """
 
@@ -28,6 +33,7 @@ from hybridize.families import element_bytes, family_of, head_dim
 from hybridize.kernels.conv import causal_conv1d, causal_conv1d_step
 from hybridize.kernels.gated_norm import gated_rms_norm
 from hybridize.kernels.ssd import ssd, ssd_step
+from hybridize.mixers.memory import Memories
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +61,10 @@ class Mamba2:
     def conv_channels(self, config: Any) -> int:
         groups = config.num_key_value_heads if self.heads == "grouped" else config.num_attention_heads
         return (2 * groups + config.num_attention_heads) * head_dim(config)
+
+    def memory_width(self, config: Any) -> int:
+        """Width of what a layer above can read, see the module docstring."""
+        return config.num_attention_heads * head_dim(config)
 
     def state_bytes(self, config: Any, tokens: int) -> int:
         """The fp32 state of every head and the last conv_tokens - 1 inputs of the convolution; the same at any length."""
@@ -88,6 +98,12 @@ class GatedHeadNorm(nn.Module):
 
     def forward(self, y: Tensor, gate: Tensor) -> Tensor:
         return gated_rms_norm(y, gate, self.weight, self.eps, self.group)
+
+    def ungated(self, y: Tensor) -> Tensor:
+        """The norm alone, [..., width], dtype of y."""
+        heads = (y if y.dtype == torch.float64 else y.float()).unflatten(-1, (-1, self.group))
+        heads = heads * torch.rsqrt(heads.square().mean(-1, keepdim=True) + self.eps)
+        return (heads.flatten(-2) * self.weight).to(y.dtype)
 
 
 class Mamba2Mixer(nn.Module):
@@ -132,6 +148,7 @@ class Mamba2Mixer(nn.Module):
         past_key_values: Any = None,
         padding_mask: Tensor | None = None,
         segment_ids: Tensor | None = None,
+        memories: Memories | None = None,
         **unused: Any,
     ) -> tuple[Tensor, None]:
         """Mix tokens; see the module docstring.
@@ -141,13 +158,14 @@ class Mamba2Mixer(nn.Module):
             past_key_values: a DynamicCache or None; this layer's entry becomes a RecurrentLayer.
             padding_mask: [B, T] bool, False on padding: such tokens leave no trace in the state.
             segment_ids: [B, T] int, documents of a packed row; the state starts anew at each border.
+            memories: where readers of this layer look for its memory, or None.
             **unused: what other attention modules read, such as the 4-D mask.
 
         Returns:
             ([B, T, D], None).
         """
         entry = None if past_key_values is None else own_layer(past_key_values, self.layer_idx, RecurrentLayer)
-        out = self.out_proj(self.context(hidden_states, entry, padding_mask, segment_ids))
+        out = self.out_proj(self.context(hidden_states, entry, padding_mask, segment_ids, memories))
         return out, None
 
     def context(
@@ -156,6 +174,7 @@ class Mamba2Mixer(nn.Module):
         entry: RecurrentLayer | None = None,
         padding_mask: Tensor | None = None,
         segment_ids: Tensor | None = None,
+        memories: Memories | None = None,
     ) -> Tensor:
         """What out_proj reads: the gated, normed mixture, [B, T, H * P]. Arguments as in `forward`."""
         batch, new, _ = hidden_states.shape
@@ -181,7 +200,10 @@ class Mamba2Mixer(nn.Module):
         if entry is not None:
             entry.seen += new
             entry.is_initialized = True
-        return self.norm(y.reshape(batch, new, self.inner), z)
+        y = y.reshape(batch, new, self.inner)
+        if memories is not None and memories.wants(self.layer_idx):
+            memories.leave(self.layer_idx, self.norm.ungated(y))
+        return self.norm(y, z)
 
     def _heads(self, xBC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         x, b, c = xBC.split([self.grouped, self.grouped, self.inner], dim=-1)

@@ -22,6 +22,9 @@ MAMBA = {"name": "mamba2", "method": "mimetic"}
 WINDOW = {"name": "streaming", "sink_tokens": 0, "window_tokens": 16}
 
 
+GMU = {"name": "gmu"}
+
+
 @pytest.fixture(scope="module")
 def bases(tmp_path_factory):
     folder = tmp_path_factory.mktemp("bases")
@@ -69,6 +72,13 @@ def test_keep(keep, kept):
         ({"keep": {"every": 2}}, "plan.mixer is missing"),
         ({"mixer": WINDOW}, "plan.keep is missing"),
         ({"keep": "all", "mixer": WINDOW, "layers": {}}, "layers together with keep or mixer"),
+        ({"parts": [{"cycle": [WINDOW]}], "keep": "all"}, "got parts together with keep, expected one or the other"),
+        ({"parts": {"cycle": [WINDOW]}}, "expected a list of 1 to 10 mappings with cycle and last"),
+        ({"parts": []}, "expected a list of 1 to 10 mappings"),
+        ({"parts": [{"cycle": [WINDOW]}] * 11}, "expected a list of 1 to 10 mappings"),
+        ({"parts": [{"cycle": []}]}, "plan.parts.0: got {'cycle': []}, expected a mapping with cycle, a list of mixers"),
+        ({"parts": [{"cycle": [WINDOW]}, {"last": WINDOW}]}, "plan.parts.1: got {'last'"),
+        ({"parts": [{"cycle": [WINDOW], "lats": WINDOW}]}, "plan.parts.0: unknown key 'lats'. Did you mean 'last'?"),
         ({"budget": {"state_ratio": 0.5}}, "plan.budget needs layer scores"),
         ({"kep": "all"}, "plan: unknown key 'kep'. Did you mean 'keep'?"),
         ({"layers": {3: WINDOW}}, "layer 0 is not named and there is no default"),
@@ -101,6 +111,46 @@ def test_sections_that_are_refused(section, says):
 def test_mixers_that_are_refused(bases, spec, says):
     with pytest.raises(ConfigError, match=re.escape(says)):
         plan(bases["llama"], {"layers": {"default": spec}}, "test", 0)
+
+
+@pytest.mark.parametrize(
+    ("count", "letters"),
+    [(2, "ag"), (3, "mag"), (4, "maga"), (5, "mwaga"), (8, "mwmagaga"), (9, "mwmwagaga")],
+)
+def test_parts_are_cycles_over_equal_shares_of_the_depth(count, letters):
+    lower = {"cycle": [MAMBA, WINDOW], "last": {"name": "attention"}}
+    upper = {"cycle": [GMU, {"name": "attention"}]}
+    names = {"m": "mamba2", "w": "streaming", "a": "attention", "g": "gmu"}
+    specs = layer_specs({"parts": [lower, upper]}, count)
+    assert [spec["name"] for spec in specs] == [names[letter] for letter in letters]
+    assert layer_specs({"parts": [{"cycle": [spec]} for spec in specs]}, count) == specs
+
+
+def test_a_reader_that_names_no_layer_reads_the_nearest_below(bases):
+    def reads(**layers):
+        section = {"layers": {**{key[1:]: spec for key, spec in layers.items()}, "default": {"name": "attention"}}}
+        return plan(bases["llama"], section, "test", 0).layers[2].mixer
+
+    assert reads(_0=MAMBA, _1=MAMBA, _2=GMU) == {"name": "gmu", "reads": 1}
+    assert reads(_0=MAMBA, _2=GMU) == {"name": "gmu", "reads": 0}
+    assert reads(_0=MAMBA, _1=MAMBA, _2={**GMU, "reads": 0}) == {"name": "gmu", "reads": 0}
+
+
+@pytest.mark.parametrize(
+    ("layers", "says"),
+    [
+        ({2: GMU}, "plan: layer 2: mixer 'gmu' reads the memory of a layer below it, and none of these has one"),
+        ({0: GMU, 1: MAMBA}, "plan: layer 0: mixer 'gmu' reads the memory of a layer below it, and none"),
+        ({0: {**GMU, "reads": 1}, 1: MAMBA}, "plan: layer 0: mixer 'gmu' reads layer 1, expected a layer below it"),
+        ({0: MAMBA, 2: {**GMU, "reads": 1}}, "plan: layer 2: mixer 'gmu' reads layer 1, which is 'attention' and has no memory"),
+        ({0: MAMBA, 2: {**GMU, "reads": 3}}, "plan: layer 2: mixer 'gmu' reads layer 3, which is out of range: the base has 3"),
+        ({0: MAMBA, 2: {**GMU, "method": "open"}}, "method is 'open', expected one of 'calibrated', 'zero'"),
+    ],
+)
+def test_readers_that_are_refused(bases, layers, says):
+    with pytest.raises(ConfigError, match=re.escape(says)) as caught:
+        plan(bases["llama"], {"layers": {**layers, "default": {"name": "attention"}}}, "test", 0)
+    assert "\n" not in str(caught.value)
 
 
 def test_layers_by_number_or_by_text(bases):
@@ -185,6 +235,7 @@ OTHER_EPS = {**MAMBA, "norm_eps": 1e-3}
         ("llama", {"layers": {0: WINDOW, "default": {**WINDOW, "window_tokens": 8}}}, "none", "one window"),
         ("llama", {"keep": {"every": 3}, "mixer": {"name": "gla"}}, "none", "gated linear attention"),
         ("llama", {"keep": {"every": 3}, "mixer": {"name": "lolcats"}}, "none", "one normaliser"),
+        ("llama", {"layers": {0: MAMBA, 1: {"name": "attention"}, 2: GMU}}, "none", "gated memory units"),
     ],
 )
 def test_native_verdict(bases, family, section, target, reason):

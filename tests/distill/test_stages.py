@@ -12,6 +12,7 @@ from hybridize.errors import ConfigError
 from tests.distill.pair import KEEP, STREAMING, tiny_pair, tiny_tokens
 from tests.tolerances import assert_close, rms_ratio
 
+MAMBA, GMU = {"name": "mamba2"}, {"name": "gmu", "reads": 0}
 SMALL = {"tokens": 4096, "seq_tokens": 16, "rows": 4}
 CPU = torch.device("cpu")
 
@@ -138,6 +139,63 @@ def test_kl_trains_all_and_the_teacher_keeps_its_own(folders, ids):
     with torch.no_grad():
         log_q, log_p = (m(ids).logits.log_softmax(-1) for m in (student, teacher))
     assert_close(parts["kl"], (log_p.exp() * (log_p - log_q)).sum(-1).mean(), "fp32")
+
+
+def test_align_gives_a_reader_the_students_memory_and_no_way_back(tmp_path, ids):
+    """The unit's loss from the student's own lower layer on the teacher's input, whose gradient stays its own."""
+    folders = tiny_pair(tmp_path, (MAMBA, KEEP, GMU))
+    options = Align(**SMALL)
+    student, teacher, trained = pair(folders, options)
+    parts = options.start(student, teacher, ids)(ids, 1.0)
+    found = {name: p.grad.clone() for name, p in trained.items()}
+    with torch.no_grad():
+        for p in trained.values():
+            p.grad = None
+    seen = []
+    visit_layers(teacher, ids, [0, 2], seen.append)
+    read, layer = (student.model.layers[index] for index in (0, 2))
+
+    def unit_loss(normed):
+        with torch.no_grad():
+            kept = {}
+            handle = read.self_attn.norm.register_forward_pre_hook(lambda m, args: kept.update(y=args[0]))
+            read.self_attn(normed)
+            handle.remove()
+            memory = read.self_attn.norm.ungated(kept["y"])
+        u = layer.input_layernorm(seen[1].hidden)
+        mixed = layer.self_attn.out_proj(memory * torch.nn.functional.silu(layer.self_attn.in_proj(u)))
+        hidden = seen[1].hidden + mixed
+        hidden = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
+        loss = (mixed - seen[1].mixed).pow(2).mean() / seen[1].mixed.pow(2).mean(-1).median()
+        update = (seen[1].output - seen[1].hidden).pow(2).mean(-1).median()
+        return loss + (hidden - seen[1].output).pow(2).mean() / update
+
+    loss = unit_loss(read.input_layernorm(seen[0].hidden))
+    assert_close(parts["layer.2"], loss, "fp32")
+    with pytest.raises(AssertionError):
+        assert_close(parts["layer.2"], unit_loss(read.input_layernorm(seen[1].hidden)), "fp32")
+    (loss / 2).backward()
+    for name in (n for n in trained if ".layers.2." in n):
+        assert_close(found[name], trained[name].grad, "fp32", grad=True)
+    alone, teacher, below = pair(tiny_pair(tmp_path / "alone", (MAMBA, KEEP, KEEP)), options)
+    with torch.no_grad():
+        for name, p in below.items():
+            p.copy_(trained[name])
+    options.start(alone, teacher, ids)(ids, 2 / 4)
+    for name, p in below.items():
+        assert_close(found[name], p.grad, "fp32", grad=True)
+
+
+def test_align_lowers_the_loss_of_a_reader(tmp_path, ids):
+    options = Align(**SMALL)
+    student, teacher, trained = pair(tiny_pair(tmp_path, (MAMBA, KEEP, GMU)), options)
+    step, optimizer, losses = options.start(student, teacher, ids), torch.optim.Adam(trained.values(), lr=3e-3), []
+    for _ in range(40):
+        losses.append(step(ids, 1.0))
+        optimizer.step()
+        optimizer.zero_grad()
+    assert losses[-1]["layer.2"] < 0.8 * losses[0]["layer.2"]
+    assert losses[-1]["layer.0"] < 0.8 * losses[0]["layer.0"]
 
 
 def test_gradient_checkpointing_changes_nothing(folders, ids):

@@ -18,7 +18,10 @@ SMALL = {
     "streaming_heads": {"sink_tokens": 2, "window_tokens": 5, "full_heads": [1]},
     "gla": {"window_tokens": 5},
     "lolcats": {"window_tokens": 5},
+    "gmu": {"reads": 0},
 }
+# What a mixer that reads another layer needs in layer 0.
+BELOW = {"gmu": {"name": "mamba2"}}
 CASES = [(family, name) for family in FAMILIES for name in MIXERS.names()]
 ATOL = 2e-5
 
@@ -30,10 +33,11 @@ def bases(tmp_path_factory):
 
 
 def build(bases, family, name, keep=(1,), **options):
-    """A hybrid with random weights: `name` everywhere but on the layers of `keep`."""
+    """A hybrid with random weights: `name` everywhere but on the layers of `keep`, and on layer 0 where it needs one below."""
     base = AutoModelForCausalLM.from_pretrained(bases[family])
     spec = {"name": name, **SMALL.get(name, {}), **options}
     specs = [{"name": "attention"} if i in keep else spec for i in range(base.config.num_hidden_layers)]
+    specs[0] = BELOW.get(name, specs[0])
     torch.manual_seed(1)
     model = modeling.build_model(modeling.hybrid_config(base.config, specs)).eval()
     with torch.no_grad():
