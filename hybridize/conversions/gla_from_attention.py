@@ -90,7 +90,7 @@ def search(made: dict[str, Tensor], mixer: GatedLinearAttention, calibration: La
     module = materialised(mixer, {name: tensor.clone() for name, tensor in made.items()})
     best = torch.full((mixer.state_heads,), math.inf, dtype=torch.float64)
     with torch.no_grad():
-        q, k, v = module.project(inputs)
+        q, k, v = module.unrotated(inputs)
         near = [module.attend_window(q, k, v, calibration.angles).double()] if mixer.window else []
         for scale in FEATURE_SCALES:
             for half_life in HALF_LIVES if gated else (0,):

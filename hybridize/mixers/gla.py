@@ -23,11 +23,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from hybridize.cache import WindowStateLayer, own_layer
+from hybridize.cache import WindowStateLayer
 from hybridize.errors import ConfigError
 from hybridize.families import element_bytes, head_dim
 from hybridize.kernels.gla import gla, gla_step
-from hybridize.mixers.streaming import StreamingAttention
+from hybridize.mixers.windowed import Reach, WindowedAttention
 
 # Liger's temperature of the gate: log g = logsigmoid(k) / 16.
 GATE_NORMALISER = 16
@@ -75,11 +75,14 @@ class GLA:
         return state + 2 * config.num_key_value_heads * width * element_bytes(config) * min(tokens, self.window_tokens)
 
 
-class GatedLinearAttention(StreamingAttention):
+class GatedLinearAttention(WindowedAttention):
     """The module that stands where `self_attn` was: projections and window of a streaming layer, and the recurrent branch."""
 
+    entry_kind = WindowStateLayer
+
     def __init__(self, config: Any, layer_idx: int, options: GLA):
-        super().__init__(config, layer_idx, 0, options.window_tokens)
+        super().__init__(config, layer_idx, Reach(sink=0, window=options.window_tokens))
+        self.window = options.window_tokens
         self.options = options
         self.num_heads = config.num_attention_heads
         self.state_heads = options.state_heads(config)
@@ -105,31 +108,6 @@ class GatedLinearAttention(StreamingAttention):
             if self.window:
                 init.copy_(self.window_scale, torch.full((self.num_heads,), 0.5))
 
-    def forward(
-        self,
-        hidden_states: Tensor,
-        position_embeddings: tuple[Tensor, Tensor],
-        past_key_values: Any = None,
-        padding_mask: Tensor | None = None,
-        segment_ids: Tensor | None = None,
-        **unused: Any,
-    ) -> tuple[Tensor, None]:
-        """Mix tokens; see the module docstring.
-
-        Args:
-            hidden_states: u, [B, T, D].
-            position_embeddings: cos and sin, [B, T, d]; the window's alone.
-            past_key_values: a DynamicCache or None; this layer's entry becomes a WindowStateLayer.
-            padding_mask: [B, T] bool, False on padding: such tokens leave no trace.
-            segment_ids: [B, T] int, documents of a packed row; nothing crosses a border. Not with a cache.
-            **unused: what other attention modules read, such as the 4-D mask.
-
-        Returns:
-            ([B, T, D], None).
-        """
-        entry = None if past_key_values is None else own_layer(past_key_values, self.layer_idx, WindowStateLayer)
-        return self.o_proj(self.context(hidden_states, position_embeddings, entry, padding_mask, segment_ids)), None
-
     def context(
         self,
         hidden_states: Tensor,
@@ -139,19 +117,16 @@ class GatedLinearAttention(StreamingAttention):
         segment_ids: Tensor | None = None,
     ) -> Tensor:
         """What o_proj reads, [B, T, H * d]. Arguments as in `forward`."""
-        q, k, v = self.project(hidden_states)
+        q, k, v = self.unrotated(hidden_states)
         y = self.recurrent(hidden_states, q, k, v, entry, padding_mask, segment_ids)
         learned = self.options.mix == "learned"
         y = y * (self.state_scale.to(y)[:, None] if learned else 0.5 if self.window else 1.0)
         if self.window:
             near = self.attend_window(q, k, v, position_embeddings, entry, padding_mask, segment_ids)
             y = y + near * (self.window_scale.to(y)[:, None] if learned else 0.5)
-        if entry is not None:
-            entry.seen += hidden_states.shape[1]
-            entry.is_initialized = True
         return y.flatten(2).to(hidden_states.dtype)
 
-    def project(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def unrotated(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The base's heads before the rotary angle: q [B, T, H, d], k and v [B, T, n_kv, d]."""
         shape = (*hidden_states.shape[:2], -1, self.head_dim)
         q = self._norm("q_norm", self.q_proj(hidden_states).view(shape))
@@ -168,16 +143,10 @@ class GatedLinearAttention(StreamingAttention):
         padding_mask: Tensor | None = None,
         segment_ids: Tensor | None = None,
     ) -> Tensor:
-        """The softmax branch, [B, T, H, d], from what `project` gives; other arguments as in `forward`."""
+        """The softmax branch, [B, T, H, d], from what `unrotated` gives; other arguments as in `forward`."""
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))
         q, k = apply_rotary_pos_emb(q, k, *position_embeddings)
-        if entry is not None and entry.seen > 0:
-            out = self._attend_cached(q, k, v, entry, padding_mask)
-        else:
-            out = self._attend_fresh(q, k, v, padding_mask, segment_ids)
-            if entry is not None:
-                self._fill(entry, k, v, padding_mask)
-        return out.transpose(1, 2)
+        return self.attend(q, k, v, entry, padding_mask, segment_ids).transpose(1, 2)
 
     def log_decay(self, hidden_states: Tensor, k: Tensor) -> Tensor:
         """log g, [B, T, S, 1] or (gate `key`) [B, T, n_kv, d], fp32 (fp64 for fp64 input)."""
@@ -196,7 +165,7 @@ class GatedLinearAttention(StreamingAttention):
         padding_mask: Tensor | None = None,
         segment_ids: Tensor | None = None,
     ) -> Tensor:
-        """The recurrent branch before its scale, [B, T, H, d], from what `project` gives; other arguments as in `forward`."""
+        """The recurrent branch before its scale, [B, T, H, d], from what `unrotated` gives; other arguments as in `forward`."""
         log_decay = self.log_decay(hidden_states, k)
         repeat = self.state_heads // k.shape[2]
         k, v = (t.repeat_interleave(repeat, dim=2) for t in (k, v))

@@ -152,15 +152,26 @@ class WindowedAttention(nn.Module):
         Returns:
             ([B, T, D], None).
         """
-        q, k, v = self.project(hidden_states, position_embeddings)
         entry = None if past_key_values is None else own_layer(past_key_values, self.layer_idx, self.entry_kind)
-        out = self.attend(q, k, v, entry, padding_mask, segment_ids)
+        out = self.context(hidden_states, position_embeddings, entry, padding_mask, segment_ids)
         if entry is not None:
             if padding_mask is not None:
                 entry.pads = (0 if entry.pads is None else entry.pads) + (~padding_mask).sum(dim=1)
             entry.seen += hidden_states.shape[1]
             entry.is_initialized = True
-        return self.o_proj(out.transpose(1, 2).flatten(2)), None
+        return self.o_proj(out), None
+
+    def context(
+        self,
+        hidden_states: Tensor,
+        position_embeddings: tuple[Tensor, Tensor],
+        entry: Any = None,
+        padding_mask: Tensor | None = None,
+        segment_ids: Tensor | None = None,
+    ) -> Tensor:
+        """What o_proj reads, [B, T, H * d]. Arguments as in `forward`; `entry` is of `entry_kind`, and `forward` counts it on."""
+        q, k, v = self.project(hidden_states, position_embeddings)
+        return self.attend(q, k, v, entry, padding_mask, segment_ids).transpose(1, 2).flatten(2)
 
     def parts(self) -> list[tuple[str, Reach]]:
         """What the cache is made of: prefix of the entry's tensors `keys` and `values`, and what they hold."""
