@@ -103,6 +103,14 @@ class SinkWindowLayer(ForgetfulLayer):
     pads: Any
 
 
+class SlotWindowLayer(SinkWindowLayer):
+    """A SinkWindowLayer and the slots that every token was written to: `slot_keys`, `slot_values` [B, G, m, d] in fp32."""
+
+    tensor_names = (*SinkWindowLayer.tensor_names, "slot_keys", "slot_values")
+    slot_keys: Any
+    slot_values: Any
+
+
 def own_layer(cache: Cache, layer_idx: int, kind: type[ForgetfulLayer]) -> Any:
     """The cache entry of a mixer, put in place of transformers' own on first use.
 

@@ -7,6 +7,7 @@ CONVERSIONS = Registry(
     {
         "attention": "hybridize.conversions.keep:Keep",
         "streaming": "hybridize.conversions.keep:Keep",
+        "nha": "hybridize.conversions.nha_from_gqa:NHAFromGQA",
         "mamba2": "hybridize.conversions.mamba2_from_gqa:Mamba2FromGQA",
     },
 )

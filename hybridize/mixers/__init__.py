@@ -7,6 +7,7 @@ MIXERS = Registry(
     {
         "attention": "hybridize.mixers.attention:Attention",
         "streaming": "hybridize.mixers.streaming:Streaming",
+        "nha": "hybridize.mixers.nha:NativeHybrid",
         "mamba2": "hybridize.mixers.mamba2:Mamba2",
     },
 )

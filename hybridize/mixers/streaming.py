@@ -86,24 +86,40 @@ class StreamingAttention(nn.Module):
         Returns:
             ([B, T, D], None).
         """
-        batch, new, _ = hidden_states.shape
-        shape = (batch, new, -1, self.head_dim)
+        q, k, v = self.heads(hidden_states, position_embeddings)
+        entry = None if past_key_values is None else own_layer(past_key_values, self.layer_idx, SinkWindowLayer)
+        out = self._attend(q, k, v, entry, padding_mask, segment_ids)
+        return self.o_proj(out.transpose(1, 2).flatten(2)), None
+
+    def heads(self, hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries [B, H, T, d], keys and values [B, G, T, d] of the tokens, normed and rotated as the base does."""
+        shape = (*hidden_states.shape[:2], -1, self.head_dim)
         q = self._norm("q_norm", self.q_proj(hidden_states).view(shape)).transpose(1, 2)
         k = self._norm("k_norm", self.k_proj(hidden_states).view(shape)).transpose(1, 2)
         v = self.v_proj(hidden_states).view(shape).transpose(1, 2)
         q, k = apply_rotary_pos_emb(q, k, *position_embeddings)
-        entry = None if past_key_values is None else own_layer(past_key_values, self.layer_idx, SinkWindowLayer)
+        return q, k, v
 
+    def _attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        entry: SinkWindowLayer | None,
+        padding: Tensor | None,
+        segments: Tensor | None,
+    ) -> Tensor:
+        """[B, H, T, d] of T new tokens after those that the entry holds; the entry takes them up."""
         if entry is not None and entry.seen > 0:
-            out = self._attend_cached(q, k, v, entry, padding_mask)
+            out = self._attend_cached(q, k, v, entry, padding)
         else:
-            out = self._attend_fresh(q, k, v, padding_mask, segment_ids)
+            out = self._attend_fresh(q, k, v, padding, segments)
             if entry is not None:
-                self._fill(entry, k, v, padding_mask)
+                self._fill(entry, k, v, padding)
         if entry is not None:
-            entry.seen += new
+            entry.seen += q.shape[2]
             entry.is_initialized = True
-        return self.o_proj(out.transpose(1, 2).reshape(batch, new, -1)), None
+        return out
 
     def _sdpa(self, q: Tensor, k: Tensor, v: Tensor, allowed: Tensor | None, causal: bool = False) -> Tensor:
         return F.scaled_dot_product_attention(
