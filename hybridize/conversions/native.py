@@ -21,6 +21,8 @@ def native_verdict(config: Any, mixers: list[dict[str, Any]]) -> dict[str, str]:
         return _windowed(config, [spec for spec in mixers if spec["name"] == "streaming"])
     if "nha" in names:
         return _none("no class of transformers runs one softmax over slots and a window")
+    if "parallel" in names:
+        return _none("the native class with both branches in a layer (falcon_h1) has full attention, not a window")
     return _none(f"no class of transformers mixes {', '.join(sorted(names))}")
 
 

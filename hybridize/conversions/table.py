@@ -8,6 +8,7 @@ CONVERSIONS = Registry(
         "attention": "hybridize.conversions.keep:Keep",
         "streaming": "hybridize.conversions.keep:Keep",
         "nha": "hybridize.conversions.nha_from_gqa:NHAFromGQA",
+        "parallel": "hybridize.conversions.parallel_from_gqa:ParallelFromGQA",
         "mamba2": "hybridize.conversions.mamba2_from_gqa:Mamba2FromGQA",
     },
 )

@@ -8,6 +8,7 @@ MIXERS = Registry(
         "attention": "hybridize.mixers.attention:Attention",
         "streaming": "hybridize.mixers.streaming:Streaming",
         "nha": "hybridize.mixers.nha:NativeHybrid",
+        "parallel": "hybridize.mixers.parallel:Parallel",
         "mamba2": "hybridize.mixers.mamba2:Mamba2",
     },
 )

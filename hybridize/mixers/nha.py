@@ -27,7 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hybridize.cache import SlotWindowLayer, own_layer
+from hybridize.cache import SlotWindowLayer
 from hybridize.errors import ConfigError
 from hybridize.families import element_bytes, head_dim
 from hybridize.mixers.streaming import Streaming, StreamingAttention
@@ -195,6 +195,8 @@ class SlotScan:
 class NativeHybridAttention(StreamingAttention):
     """Streaming attention whose softmax also runs over slots; projections under the base's names, W_g is `gate_proj`."""
 
+    entry_kind = SlotWindowLayer
+
     def __init__(self, config: Any, layer_idx: int, options: NativeHybrid):
         super().__init__(config, layer_idx, options.sink_tokens, options.window_tokens)
         self.slots = options.slot_count(config)
@@ -206,28 +208,15 @@ class NativeHybridAttention(StreamingAttention):
         """A layer that is not seeded starts as the published function."""
         init.zeros_(self.slot_bias)
 
-    def forward(
-        self,
-        hidden_states: Tensor,
-        position_embeddings: tuple[Tensor, Tensor],
-        past_key_values: Any = None,
-        padding_mask: Tensor | None = None,
-        segment_ids: Tensor | None = None,
-        **unused: Any,
-    ) -> tuple[Tensor, None]:
-        """Attend; arguments and result as in StreamingAttention, this layer's entry becomes a SlotWindowLayer."""
-        entry = None if past_key_values is None else own_layer(past_key_values, self.layer_idx, SlotWindowLayer)
-        return self.o_proj(self.context(hidden_states, position_embeddings, entry, padding_mask, segment_ids)), None
-
     def context(
         self,
         hidden_states: Tensor,
         position_embeddings: tuple[Tensor, Tensor],
-        entry: SlotWindowLayer | None = None,
+        entry: Any = None,
         padding_mask: Tensor | None = None,
         segment_ids: Tensor | None = None,
     ) -> Tensor:
-        """What o_proj reads, [B, T, H * d]. Arguments as in `forward`."""
+        """What o_proj reads, [B, T, H * d]. Arguments as in `forward`; `entry` is a SlotWindowLayer or None."""
         q, k, v = self.heads(hidden_states, position_embeddings)
         wide = torch.promote_types(q.dtype, torch.float32)
         scan = SlotScan(self.slot_gates(hidden_states, padding_mask), segment_ids)

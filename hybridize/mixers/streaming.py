@@ -52,6 +52,7 @@ class StreamingAttention(nn.Module):
     k_proj: nn.Linear
     v_proj: nn.Linear
     o_proj: nn.Linear
+    entry_kind: type[SinkWindowLayer] = SinkWindowLayer
 
     def __init__(self, config: Any, layer_idx: int, sink: int, window: int):
         super().__init__()
@@ -86,10 +87,20 @@ class StreamingAttention(nn.Module):
         Returns:
             ([B, T, D], None).
         """
+        entry = None if past_key_values is None else own_layer(past_key_values, self.layer_idx, self.entry_kind)
+        return self.o_proj(self.context(hidden_states, position_embeddings, entry, padding_mask, segment_ids)), None
+
+    def context(
+        self,
+        hidden_states: Tensor,
+        position_embeddings: tuple[Tensor, Tensor],
+        entry: Any = None,
+        padding_mask: Tensor | None = None,
+        segment_ids: Tensor | None = None,
+    ) -> Tensor:
+        """What o_proj reads, [B, T, H * d]. Arguments as in `forward`, `entry` of `entry_kind` or None."""
         q, k, v = self.heads(hidden_states, position_embeddings)
-        entry = None if past_key_values is None else own_layer(past_key_values, self.layer_idx, SinkWindowLayer)
-        out = self._attend(q, k, v, entry, padding_mask, segment_ids)
-        return self.o_proj(out.transpose(1, 2).flatten(2)), None
+        return self._attend(q, k, v, entry, padding_mask, segment_ids).transpose(1, 2).flatten(2)
 
     def heads(self, hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """Queries [B, H, T, d], keys and values [B, G, T, d] of the tokens, normed and rotated as the base does."""

@@ -14,6 +14,7 @@ from tests.tiny import tiny_base
 # Small values of options, so that twenty tokens fill every cache.
 SMALL = {
     "streaming": {"sink_tokens": 2, "window_tokens": 5},
+    "parallel": {"sink_tokens": 2, "window_tokens": 5},
     "nha": {"slots": 3, "sink_tokens": 1, "window_tokens": 5},
 }
 CASES = [(family, name) for family in FAMILIES for name in MIXERS.names()]
