@@ -134,12 +134,46 @@ class LeavingWindowLayer(ForgetfulLayer):
     state: Any
 
 
-def own_layer(cache: Cache, layer_idx: int, kind: type[ForgetfulLayer]) -> Any:
+class SlotWindowLayer(SinkWindowLayer):
+    """A SinkWindowLayer and the slots that every token was written to: `slot_keys`, `slot_values` [B, G, m, d] in fp32."""
+
+    tensor_names = (*SinkWindowLayer.tensor_names, "slot_keys", "slot_values")
+    slot_keys: Any
+    slot_values: Any
+
+
+class BranchedLayer(ForgetfulLayer):
+    """The entries of mixers that run side by side in one layer, one of a kind; bytes and moves are those of its parts."""
+
+    def __init__(self, **kwargs: Any):
+        super().__init__(**kwargs)
+        self.parts: dict[type[ForgetfulLayer], ForgetfulLayer] = {}
+
+    def part(self, kind: type[ForgetfulLayer]) -> ForgetfulLayer:
+        return self.parts.setdefault(kind, kind())
+
+    def held(self) -> list[Tensor]:
+        return [tensor for part in self.parts.values() for tensor in part.held()]
+
+    def _apply(self, change: Any) -> None:
+        for part in self.parts.values():
+            part._apply(change)
+
+    def reset(self) -> None:
+        super().reset()
+        self.parts = {}
+
+
+def own_layer(cache: Cache | BranchedLayer, layer_idx: int, kind: type[ForgetfulLayer]) -> Any:
     """The cache entry of a mixer, put in place of transformers' own on first use.
+
+    A mixer that is one branch of a layer gets the layer's BranchedLayer for a cache, and its part of it here.
 
     Raises:
         ConfigError: the cache is of a kind that cannot hold it (static, quantised), or the entry holds other tokens.
     """
+    if isinstance(cache, BranchedLayer):
+        return cache.part(kind)
     if not isinstance(cache, DynamicCache):
         raise ConfigError(f"got a {type(cache).__name__}, expected a DynamicCache: hybrids have no static or quantised cache")
     while len(cache.layers) <= layer_idx:

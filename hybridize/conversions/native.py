@@ -4,7 +4,11 @@ from typing import Any
 
 from hybridize.families import FAMILIES, family_of, head_dim
 
+# Mixers that no class of transformers has beside the base's attention, and why.
 NO_CLASS = {
+    "gmu": "no class of transformers has gated memory units",
+    "nha": "no class of transformers runs one softmax over slots and a window",
+    "parallel": "the native class with both branches in a layer (falcon_h1) has full attention, not a window",
     "block_sparse": "no native class keeps strided blocks beside a window",
     "streaming_heads": "no native class gives the heads of one layer different windows",
     "gla": "no native class has gated linear attention beside a softmax window",
@@ -23,8 +27,6 @@ def native_verdict(config: Any, mixers: list[dict[str, Any]]) -> dict[str, str]:
     names = {spec["name"] for spec in mixers}
     if names == {"attention"}:
         return {"target": config.model_type, "reason": "every layer is kept: the base's own class"}
-    if "gmu" in names:
-        return _none("no class of transformers has gated memory units")
     if names <= {"attention", "mamba2"}:
         return _granite(config, mixers)
     if names <= {"attention", "gdn"}:

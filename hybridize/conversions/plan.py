@@ -20,6 +20,7 @@ STATE_TOKENS = (1024, 4096, 8192, 32768, 131072)
 # Beyond every window: from here on a cache grows evenly or not at all.
 FAR = 1 << 24
 KEEP_KEYS = ("every", "layers", "first", "last", "middle")
+TABLES = (MIXERS, CONVERSIONS)
 NEEDS_SCORES = "needs layer scores, which are not part of this release"
 
 
@@ -177,15 +178,21 @@ def split_options(spec: Any, where: str) -> tuple[Any, Any]:
     runtime = {field.name for field in dataclasses.fields(mixer)}
     once = {field.name for field in dataclasses.fields(conversion)}
     assert not runtime & once, f"{name}: an option of both mixer and conversion"
+    # A mixer inside the mixer is given like any other, and its seed goes to the conversion's option of it.
+    inner = getattr(mixer, "nested", {})
+    once -= set(inner.values())
     for key in spec:
         if key not in runtime | once | {"name"}:
             options = suggest(str(key), sorted(runtime | once)) if runtime | once else "It has none"
             raise ConfigError(f"{where}: mixer {name!r} has no option {key!r}. {options}")
     label = f"{where}: mixer {name!r}"
-    return (
-        make(mixer, {key: value for key, value in spec.items() if key in runtime}, label),
-        make(conversion, {key: value for key, value in spec.items() if key in once}, label),
-    )
+    kept = {key: value for key, value in spec.items() if key in runtime}
+    seed = {key: value for key, value in spec.items() if key in once}
+    for option, seed_option in inner.items():
+        branch = kept.get(option, getattr(mixer(), option))
+        parts = split_options(branch, f"{where}.{option}")
+        kept[option], seed[seed_option] = (table.spec(branch["name"], part) for table, part in zip(TABLES, parts, strict=True))
+    return make(mixer, kept, label), make(conversion, seed, label)
 
 
 def build_mixer(options: Any, config: Any, index: int) -> torch.nn.Module:

@@ -9,6 +9,8 @@ CONVERSIONS = Registry(
         "streaming": "hybridize.conversions.keep:Keep",
         "block_sparse": "hybridize.conversions.keep:Keep",
         "streaming_heads": "hybridize.conversions.streaming_heads:HeadsFromGQA",
+        "nha": "hybridize.conversions.nha_from_gqa:NHAFromGQA",
+        "parallel": "hybridize.conversions.parallel_from_gqa:ParallelFromGQA",
         "mamba2": "hybridize.conversions.mamba2_from_gqa:Mamba2FromGQA",
         "gdn": "hybridize.conversions.gdn_from_gqa:GDNFromGQA",
         "kda": "hybridize.conversions.gdn_from_gqa:GDNFromGQA",

@@ -9,6 +9,8 @@ MIXERS = Registry(
         "streaming": "hybridize.mixers.streaming:Streaming",
         "block_sparse": "hybridize.mixers.block_sparse:BlockSparse",
         "streaming_heads": "hybridize.mixers.streaming_heads:StreamingHeads",
+        "nha": "hybridize.mixers.nha:NativeHybrid",
+        "parallel": "hybridize.mixers.parallel:Parallel",
         "mamba2": "hybridize.mixers.mamba2:Mamba2",
         "gdn": "hybridize.mixers.gdn:GDN",
         "kda": "hybridize.mixers.kda:KDA",

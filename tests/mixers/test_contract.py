@@ -19,6 +19,8 @@ SMALL = {
     "gla": {"window_tokens": 5},
     "lolcats": {"window_tokens": 5},
     "gmu": {"reads": 0},
+    "parallel": {"sink_tokens": 2, "window_tokens": 5},
+    "nha": {"slots": 3, "sink_tokens": 1, "window_tokens": 5},
 }
 # What a mixer that reads another layer needs in layer 0.
 BELOW = {"gmu": {"name": "mamba2"}}
