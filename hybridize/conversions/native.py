@@ -3,6 +3,7 @@
 from typing import Any
 
 from hybridize.families import FAMILIES, family_of, head_dim
+from hybridize.mixers.mla import MLA
 
 
 def native_verdict(config: Any, mixers: list[dict[str, Any]]) -> dict[str, str]:
@@ -17,6 +18,10 @@ def native_verdict(config: Any, mixers: list[dict[str, Any]]) -> dict[str, str]:
         return {"target": config.model_type, "reason": "every layer is kept: the base's own class"}
     if names <= {"attention", "mamba2"}:
         return _granite(config, mixers)
+    if names == {"mla"}:
+        return _deepseek(config, mixers)
+    if names <= {"attention", "mla"}:
+        return _none("no native class mixes latent attention with another kind")
     if names <= {"attention", "streaming"}:
         return _windowed(config, [spec for spec in mixers if spec["name"] == "streaming"])
     return _none(f"no class of transformers mixes {', '.join(sorted(names))}")
@@ -42,6 +47,30 @@ def _granite(config: Any, mixers: list[dict[str, Any]]) -> dict[str, str]:
     if getattr(config, "mlp_bias", False):
         return _none("the base has biases in its MLP, the native class has none")
     return {"target": "granitemoehybrid", "reason": "attention and Mamba2 under its names"}
+
+
+def _deepseek(config: Any, mixers: list[dict[str, Any]]) -> dict[str, str]:
+    family, first = family_of(config), mixers[0]
+    _, rope = MLA(**{key: value for key, value in first.items() if key != "name"}).sizes(config)
+    if any(spec != first for spec in mixers):
+        return _none("the native class has one set of latent sizes for all layers")
+    if first["latent_norm"] != "rms":
+        return _none("the native class norms the latent; latent_norm is none")
+    if family.has_qkv_bias(config):
+        return _none("the base has q/k/v biases, the native class has none on queries")
+    if family.qk_norm and first["qk_norm"] == "keep":
+        return _none("the base has q/k-norms, which the native class lacks; qk_norm fold makes them constants")
+    if first["frequencies"] != "uniform":
+        return _none("each layer has rotary frequencies of its own; frequencies uniform has the native class's")
+    if rope > head_dim(config) or rope == config.num_key_value_heads * head_dim(config):
+        return _none(
+            f"the rotary key has {rope} dimensions, the native class repeats no frequency of a head of {head_dim(config)}"
+        )
+    if (kind := (config.rope_parameters or {}).get("rope_type", "default")) != "default":
+        return _none(f"the rotary embedding is of type {kind}, which native servers read as another")
+    if getattr(config, "mlp_bias", False):
+        return _none("the base has biases in its MLP, the native class has none")
+    return {"target": "deepseek_v3", "reason": "latent attention under its names in every layer"}
 
 
 def _windowed(config: Any, windowed: list[dict[str, Any]]) -> dict[str, str]:

@@ -166,6 +166,8 @@ def plan(base: Described, section: dict[str, Any], recipe_name: str, seed: int, 
         mixer, conversion = split_options(spec, f"plan: layer {index}")
         try:
             module = build_mixer(mixer, config, index)
+            if hasattr(conversion, "check"):
+                conversion.check(mixer, config)
         except ConfigError as error:
             raise ConfigError(f"plan: layer {index}: mixer {spec['name']!r}: {error}") from error
         layers.append(

@@ -8,5 +8,6 @@ CONVERSIONS = Registry(
         "attention": "hybridize.conversions.keep:Keep",
         "streaming": "hybridize.conversions.keep:Keep",
         "mamba2": "hybridize.conversions.mamba2_from_gqa:Mamba2FromGQA",
+        "mla": "hybridize.conversions.mla_from_gqa:MLAFromGQA",
     },
 )

@@ -8,5 +8,6 @@ MIXERS = Registry(
         "attention": "hybridize.mixers.attention:Attention",
         "streaming": "hybridize.mixers.streaming:Streaming",
         "mamba2": "hybridize.mixers.mamba2:Mamba2",
+        "mla": "hybridize.mixers.mla:MLA",
     },
 )
