@@ -188,12 +188,20 @@ def test_uniform_frequencies_are_the_native_ones(tmp_path):
         assert rotate_keys(heads, mixer, keys, 1, None).pairs.tolist() == want
         module, made = seeded((source, mixer, config, calibration))
         assert "rope_pairs" not in made
-        x = torch.randn(1, 5, rope)
         native = 10000.0 ** (-torch.arange(0, rope, 2).float() / rope)
         assert_close(
             module._rotary(calibration.angles)[0][0, :, : rope // 2], (torch.arange(24.0)[:, None] * native).cos(), "fp32"
         )
-        assert x.shape[-1] == rope
+
+
+def test_set_and_chosen_frequencies_agree_where_each_is_taken_twice(tmp_path):
+    """Two components of every frequency: the same choice in another order, so the same layer."""
+    outs = []
+    for frequencies in ("uniform", "chosen"):
+        wide = {"num_key_value_heads": 4, "num_attention_heads": 4}
+        found = layer("llama", tmp_path, rows=12, base=wide, kv_rank=20, rope_dim=16, frequencies=frequencies)
+        outs.append(output(seeded(found, out_proj="kept")[0], found[3]))
+    assert_close(outs[0], outs[1], "fp32")
 
 
 @pytest.mark.parametrize("family", FAMILIES)
