@@ -177,13 +177,14 @@ def rotate_keys(heads: Heads, mixer: LatentAttention, keys: Tensor, fold: int, w
 
 
 def search_fold(heads: Heads, mixer: LatentAttention, keys: Tensor, sample: Sample, weights: Weights | None) -> Rotary:
-    """The rotary part with M = 1, 2, 4, ... for as long as doubling lowers the error of this layer's output."""
+    """The rotary part with M = 1, 2, 4, ... until doubling raises the error of this layer's output."""
     fold, best = 1, rotate_keys(heads, mixer, keys, 1, weights)
     error = sample.rotary_error(best)
     while heads.width // 2 % (2 * fold) == 0:
         fold *= 2
         found = rotate_keys(heads, mixer, keys, fold, weights)
-        if (worse := sample.rotary_error(found)) >= error:
+        # Equal where set frequencies fold as much already.
+        if (worse := sample.rotary_error(found)) > error:
             break
         best, error = found, worse
     return best
