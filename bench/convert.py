@@ -2,6 +2,10 @@
 
 Both are cold (the page cache of the source is dropped), both end on the disk (cp is followed by sync, convert fsyncs and
 writes its manifest), and they take turns in one run. The conversion runs in a child process, whose peak memory is VmHWM.
+
+`--recipe NAME` takes the recipe's mixer. One that is seeded on text is measured without the model's forward over that text:
+two layers of the shape are read, seeded on activations drawn at random and written, in one process on one core, and their
+mean stands for 32 layers on two (`scaled` in the JSON). `cpu_seconds` is the same of processor time, for a busy machine.
 """
 
 import argparse
@@ -15,6 +19,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 # kernels.py lies beside this script and would pass for Hugging Face's package of that name, which transformers asks for.
 sys.path[0] = str(Path(__file__).resolve().parents[1])
@@ -74,9 +79,70 @@ def child(base: str, out: str, mixer: str) -> None:
     section = {"keep": {"every": 2}, "mixer": json.loads(mixer)}
     convert(plan(open_base(base), section, "bench", 0), out)
     seconds = time.perf_counter() - start
+    json.dump({"seconds": seconds, "peak_rss_bytes": peak_bytes()}, sys.stdout)
+
+
+def seed_child(base: str, out: str, mixer: str) -> None:
+    """Every layer of the base, read, seeded on random activations, written; prints seconds of each and peak bytes."""
+    import torch
+    from safetensors.torch import save
+
+    from hybridize.checkpoint import open_base
+    from hybridize.conversions import plan
+    from hybridize.conversions.job import Job
+    from hybridize.conversions.layer import LayerCalibration, convert_layer, layer_generator
+    from hybridize.conversions.plan import build_mixer
+    from hybridize.families import family_of
+    from hybridize.mixers import MIXERS
+    from hybridize.recipe import parse_recipe
+    from hybridize.storage import write_bytes
+
+    opened = open_base(base)
+    job = Job(plan(opened, {"keep": {"layers": []}, "mixer": json.loads(mixer)}, "bench", 0), opened)
+    data = parse_recipe({"name": "bench", "plan": {}}, "bench").data
+    tokens, config = data.calibration_seq_tokens, opened.config
+    count = data.calibration_tokens // tokens
+    generator = torch.Generator().manual_seed(0)
+    inputs = torch.randn(count, tokens, config.hidden_size, generator=generator)
+    angles = family_of(config).rotary(config)(inputs[:1], torch.arange(tokens)[None])
+    # What is measured does not depend on the values; one tensor stands for all three to leave memory to the seeding.
+    measured = LayerCalibration(inputs=inputs, context=inputs, target=inputs, angles=angles)
+    seconds, processor = [], []
+    Path(out).mkdir()
+    for index, conversion in enumerate(job.conversions):
+        start, busy = time.perf_counter(), time.process_time()
+        module = build_mixer(MIXERS.build(job.plan.layers[index].mixer), config, index)
+        made = convert_layer(
+            conversion, job.source(index), module, config, layer_generator(0, index), measured, f"layer {index}"
+        )  # fmt: skip
+        write_bytes(Path(out) / f"{index}.safetensors", save(made))
+        seconds.append(time.perf_counter() - start)
+        processor.append(time.process_time() - busy)
+    json.dump({"layer_seconds": seconds, "layer_cpu_seconds": processor, "peak_rss_bytes": peak_bytes()}, sys.stdout)
+
+
+def peak_bytes() -> int:
+    """VmHWM of this process."""
     status = Path("/proc/self/status").read_text()
-    peak = next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM"))
-    json.dump({"seconds": seconds, "peak_rss_bytes": peak}, sys.stdout)
+    return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM"))
+
+
+def seeding(mixer: str, folder: Path | None) -> dict[str, Any]:
+    """Figures of a seeding on text; see the module docstring."""
+    with tempfile.TemporaryDirectory(dir=folder) as name:
+        base, out = Path(name) / "base", Path(name) / "out"
+        size = make_base(base, 1.0)
+        make_cold(base)
+        command = [sys.executable, __file__, "--seed-child", str(base), str(out), mixer]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        run = subprocess.run(command, check=True, stdout=subprocess.PIPE, env=environment)
+        figures = json.loads(run.stdout)
+    each, busy = (statistics.mean(figures[name]) for name in ("layer_seconds", "layer_cpu_seconds"))
+    return {
+        "bytes": size, "seconds": each * 32 / 2, "cpu_seconds": busy * 32 / 2,
+        "scaled": f"{len(figures['layer_seconds'])} layers on one core to 32 on two",
+        **figures,
+    }  # fmt: skip
 
 
 def make_cold(folder: Path) -> None:
@@ -95,11 +161,32 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--folder", type=Path, help="where to work; a disk, not a tmpfs (default: the temporary folder)")
     parser.add_argument("--mixer", default='{"name": "mamba2", "method": "mimetic"}', help="JSON of the mixer")
+    parser.add_argument("--recipe", help="take this recipe's mixer")
     parser.add_argument("--child", nargs=3, help=argparse.SUPPRESS)
+    parser.add_argument("--seed-child", nargs=3, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child:
         child(*options.child)
         return
+    if options.seed_child:
+        seed_child(*options.seed_child)
+        return
+    if options.recipe:
+        from hybridize.conversions.plan import split_options
+        from hybridize.recipe import load_recipe
+
+        options.mixer = json.dumps(load_recipe(options.recipe).plan["mixer"])
+        if split_options(json.loads(options.mixer), "mixer")[1].calibrated:
+            figures = seeding(options.mixer, options.folder)
+            print(
+                f"seeding without the model's forward: {statistics.mean(figures['layer_seconds']):.1f} s a layer on one core, "
+                f"{figures['seconds']:.0f} s "
+                f"({figures['cpu_seconds']:.0f} s of processor time) scaled from {figures['scaled']}, "
+                f"peak RSS {figures['peak_rss_bytes'] / 1e6:.0f} MB"
+            )
+            if options.json:
+                options.json.write_text(json.dumps(figures, indent=2) + "\n")
+            return
     ours, copies, peaks = [], [], []
     with tempfile.TemporaryDirectory(dir=options.folder) as name:
         work = Path(name)

@@ -3,6 +3,7 @@
 from typing import Any
 
 from hybridize.families import FAMILIES, family_of, head_dim
+from hybridize.mixers.mla import MLA
 
 # Mixers that no class of transformers has beside the base's attention, and why.
 NO_CLASS = {
@@ -31,6 +32,10 @@ def native_verdict(config: Any, mixers: list[dict[str, Any]]) -> dict[str, str]:
         return _granite(config, mixers)
     if names <= {"attention", "gdn"}:
         return _qwen(config, mixers)
+    if names == {"mla"}:
+        return _deepseek(config, mixers)
+    if names <= {"attention", "mla"}:
+        return _none("no native class mixes latent attention with another kind")
     if names <= {"attention", "streaming"}:
         return _windowed(config, [spec for spec in mixers if spec["name"] == "streaming"])
     for name, reason in NO_CLASS.items():
@@ -81,6 +86,30 @@ def _qwen(config: Any, mixers: list[dict[str, Any]]) -> dict[str, str]:
         if spec["norm_eps"] not in (None, config.rms_norm_eps):
             return _none(f"norm_eps is {spec['norm_eps']}, the native class takes the base's {config.rms_norm_eps}")
     return {"target": "qwen3_5_text", "reason": "attention with its gate at 1/2 and Gated DeltaNet under its names"}
+
+
+def _deepseek(config: Any, mixers: list[dict[str, Any]]) -> dict[str, str]:
+    family, first = family_of(config), mixers[0]
+    _, rope = MLA(**{key: value for key, value in first.items() if key != "name"}).sizes(config)
+    if any(spec != first for spec in mixers):
+        return _none("the native class has one set of latent sizes for all layers")
+    if first["latent_norm"] != "rms":
+        return _none("the native class norms the latent; latent_norm is none")
+    if family.has_qkv_bias(config):
+        return _none("the base has q/k/v biases, the native class has none on queries")
+    if family.qk_norm and first["qk_norm"] == "keep":
+        return _none("the base has q/k-norms, which the native class lacks; qk_norm fold makes them constants")
+    if first["frequencies"] != "uniform":
+        return _none("each layer has rotary frequencies of its own; frequencies uniform has the native class's")
+    if rope > head_dim(config) or rope == config.num_key_value_heads * head_dim(config):
+        return _none(
+            f"the rotary key has {rope} dimensions, the native class repeats no frequency of a head of {head_dim(config)}"
+        )
+    if (kind := (config.rope_parameters or {}).get("rope_type", "default")) != "default":
+        return _none(f"the rotary embedding is of type {kind}, which native servers read as another")
+    if getattr(config, "mlp_bias", False):
+        return _none("the base has biases in its MLP, the native class has none")
+    return {"target": "deepseek_v3", "reason": "latent attention under its names in every layer"}
 
 
 def _windowed(config: Any, windowed: list[dict[str, Any]]) -> dict[str, str]:

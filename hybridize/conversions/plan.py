@@ -232,7 +232,7 @@ def plan(base: Described, section: dict[str, Any], recipe_name: str, seed: int, 
         try:
             module = build_mixer(mixer, config, index)
             if hasattr(conversion, "check"):
-                conversion.check(module)
+                conversion.check(mixer, config)
         except ConfigError as error:
             raise ConfigError(f"plan: layer {index}: mixer {spec['name']!r}: {error}") from error
         growth += (mixer.state_bytes(config, 2 * FAR) - mixer.state_bytes(config, FAR)) / FAR

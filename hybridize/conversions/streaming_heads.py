@@ -16,7 +16,7 @@ from torch import Tensor
 from hybridize.conversions.fitting import ROWS
 from hybridize.conversions.layer import LayerCalibration, materialised
 from hybridize.errors import ConfigError
-from hybridize.mixers.streaming_heads import SplitHeadsAttention
+from hybridize.mixers.streaming_heads import SplitHeadsAttention, StreamingHeads
 from hybridize.mixers.windowed import EVERYTHING
 
 # Up to this many choices are all tried (16 heads have 12,870 halves); beyond, heads are swapped while that helps.
@@ -36,11 +36,14 @@ class HeadsFromGQA:
     def calibrated(self) -> bool:
         return self.method == "calibrated"
 
-    def check(self, mixer: SplitHeadsAttention) -> None:
+    def check(self, mixer: StreamingHeads, config: Any) -> None:
         """Raises ConfigError where method and mixer contradict each other."""
-        if self.calibrated and mixer.given is not None:
+        self._check_given(mixer.full_heads)
+
+    def _check_given(self, given: list[int] | None) -> None:
+        if self.calibrated and given is not None:
             raise ConfigError("full_heads is set, but method 'calibrated' would choose. Set method given, or full_share instead")
-        if not self.calibrated and mixer.given is None:
+        if not self.calibrated and given is None:
             raise ConfigError("method 'given' needs full_heads, got none. List the heads, or set method calibrated")
 
     def __call__(
@@ -56,7 +59,7 @@ class HeadsFromGQA:
         Raises:
             ConfigError: no text for a calibrated choice, or text too short for streaming heads to differ from full ones.
         """
-        self.check(mixer)
+        self._check_given(mixer.given)
         made = dict(source)
         if mixer.given is not None:
             return {**made, "alpha": mixer.gates(mixer.given)}

@@ -17,5 +17,6 @@ CONVERSIONS = Registry(
         "gla": "hybridize.conversions.gla_from_attention:GLAFromAttention",
         "lolcats": "hybridize.conversions.lolcats_from_attention:LoLCATsFromAttention",
         "gmu": "hybridize.conversions.gmu_from_gqa:GMUFromGQA",
+        "mla": "hybridize.conversions.mla_from_gqa:MLAFromGQA",
     },
 )

@@ -17,5 +17,6 @@ MIXERS = Registry(
         "gla": "hybridize.mixers.gla:GLA",
         "lolcats": "hybridize.mixers.lolcats:LoLCATs",
         "gmu": "hybridize.mixers.gmu:GMU",
+        "mla": "hybridize.mixers.mla:MLA",
     },
 )
