@@ -5,7 +5,8 @@ least-squares problem, because the delta rule is linear in its values:
 
     context_t ~ sum_j taps_j * DeltaRule(f(q), f(k), v delayed by j)_t        f(a) = SiLU(scale a + shift) / its length
 
-beta matters twice: a small one adds up what was said (a decayed mean, as softmax makes), a large one replaces it. The size of
+beta matters twice: a small one adds up what was said (a decayed mean, as softmax makes), a large one replaces it. Its logit
+may follow how much later queries want a key, which stands in for the size that q and k lose to their norm. The size of
 y against the norm's eps decides between a linear and a normalised head. Last, the output projection is a ridge regression
 (prior: the base's own) onto what the residual stream lacks. All of it is a function of the native layer; a mixer without
 biases gets them along the direction of the input that is most nearly constant.

@@ -18,7 +18,7 @@ from hybridize.kernels.ssd.torch_impl import compute_dtype
 
 __all__ = ["gdn", "gdn_step"]
 
-CHUNK = 64
+CHUNK = 32
 CHUNK_CHANNELS = 16  # a decay for each channel compares L x L x N numbers in a chunk
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -37,7 +37,7 @@ def gdn(q_BTQN, k_BTGN, v_BTXP, g, beta_BTH, state_BHNP=None, segments_BT=None, 
         state_BHNP: state before the first token, [B, H, N, P], fp32 (fp64 for fp64 values); None is zeros.
         segments_BT: integer document ids, [B, T], non-decreasing along T; the state is reset where the id differs from
             that of the token before. `state_BHNP` belongs to the document of the first token.
-        chunk: tokens per chunk; None takes 64, or 16 with a decay for each channel. It changes the speed, not the result.
+        chunk: tokens per chunk; None takes 32, or 16 with a decay for each channel. It changes the speed, not the result.
 
     Returns:
         y_BTHP: outputs, [B, T, H, P], dtype of v.
