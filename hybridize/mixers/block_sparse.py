@@ -7,9 +7,9 @@ A query at position t sees the token at position p <= t of the same document whe
 Positions count from the document's first token, so block 0 is always seen. With stride_blocks 1, or a window as wide as
 the text, this is the base's attention.
 
-LongGen (Ge et al., arXiv 2410.01485) gives its sparse layers either sinks and a window or strided blocks, in whole blocks
-of a kernel that may shift the stride from head to head; here one rule holds all three parts, the window and the sinks are
-counted in tokens, and every head of a layer sees the same blocks, so that one cache serves them.
+LongGen (Ge et al., arXiv 2410.01485) tries sinks with a window and strided blocks as two variants of its sparse layers; here
+one rule holds all three parts, sinks and window are counted in tokens and not in blocks, and every head of a layer sees
+the same blocks, so that one cache serves them all.
 """
 
 from dataclasses import dataclass

@@ -102,7 +102,7 @@ def strided(t, p, offset=0):
         (
             HEADS,
             lambda g, t, p: g in (0, 2) or near(t, p),
-            # The other heads full; the first ones; all; and outputs of full heads in front of the others'.
+            # The other heads full; the first ones; all.
             [lambda g, t, p: g in (1, 3) or near(t, p), lambda g, t, p: g < 2 or near(t, p), lambda g, t, p: True],
         ),
     ],
