@@ -67,8 +67,8 @@ def test_calibrated_conversion_of_every_family(family, tmp_path):
     ours = seeded("a", name="nha", window_tokens=8)
     seeded("b", name="nha", window_tokens=8)
     assert (tmp_path / "a" / "model.safetensors").read_bytes() == (tmp_path / "b" / "model.safetensors").read_bytes()
-    assert ours < 0.95 * seeded("c", name="nha", window_tokens=8, method="copy")
-    assert ours < 0.95 * seeded("d", name="streaming", window_tokens=8, sink_tokens=0)
+    assert ours < 0.98 * seeded("c", name="nha", window_tokens=8, method="copy")
+    assert ours < 0.98 * seeded("d", name="streaming", window_tokens=8, sink_tokens=0)
 
 
 def test_text_shorter_than_the_window_leaves_the_base(tmp_path):
