@@ -41,7 +41,7 @@ def mixer_options(config: Any) -> list[Any]:
         raise ConfigError(f"config.json: mixers has {found} entries, expected num_hidden_layers = {config.num_hidden_layers}")
     options = [MIXERS.build(spec) for spec in specs]
     try:
-        check_reads([spec["name"] for spec in specs], options, config, MIXERS)
+        check_reads([spec["name"] for spec in specs], options, config)
     except ConfigError as error:
         raise ConfigError(f"config.json: {error}") from error
     return options

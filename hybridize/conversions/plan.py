@@ -246,7 +246,7 @@ def plan(base: Described, section: dict[str, Any], recipe_name: str, seed: int, 
             )
         )
     try:
-        check_reads([layer.mixer["name"] for layer in layers], mixers, config, MIXERS)
+        check_reads([layer.mixer["name"] for layer in layers], mixers, config)
     except ConfigError as error:
         raise ConfigError(f"plan: {error}") from error
     return Plan(

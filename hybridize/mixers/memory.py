@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from hybridize.errors import ConfigError
-from hybridize.registry import Registry
+from hybridize.mixers import MIXERS
 
 
 class Memories:
@@ -62,14 +62,13 @@ def nearest_memory(options: list[Any]) -> int | None:
     return next((index for index in reversed(range(len(options))) if hasattr(options[index], "memory_width")), None)
 
 
-def check_reads(names: list[str], options: list[Any], config: Any, mixers: Registry) -> None:
+def check_reads(names: list[str], options: list[Any], config: Any) -> None:
     """Check that every layer that is read exists, lies below its reader, and has a memory of the reader's width.
 
     Args:
         names: the mixer's name of each layer.
         options: its options object.
         config: of the base or hybrid.
-        mixers: the table of mixers, for messages.
 
     Raises:
         ConfigError: it does not; the message names both layers.
@@ -83,7 +82,7 @@ def check_reads(names: list[str], options: list[Any], config: Any, mixers: Regis
         if reads >= index:
             raise ConfigError(f"{where}, expected a layer below it: a memory is handed upwards")
         if not hasattr(options[reads], "memory_width"):
-            known = ", ".join(name for name in mixers.names() if hasattr(mixers.load(name), "memory_width"))
+            known = ", ".join(name for name in MIXERS.names() if hasattr(MIXERS.load(name), "memory_width"))
             raise ConfigError(f"{where}, which is {names[reads]!r} and has no memory to read, expected one of: {known}")
         if (found := options[reads].memory_width(config)) != (width := own.width(config)):
             raise ConfigError(f"{where}, whose memory is {found} wide, expected {width}; choose options that make it so")
