@@ -19,6 +19,8 @@ def native_verdict(config: Any, mixers: list[dict[str, Any]]) -> dict[str, str]:
         return _granite(config, mixers)
     if names <= {"attention", "streaming"}:
         return _windowed(config, [spec for spec in mixers if spec["name"] == "streaming"])
+    if names <= {"attention", "low_rank_kv"}:
+        return _none("no class of transformers keeps low-rank keys from before the rotary embedding")
     return _none(f"no class of transformers mixes {', '.join(sorted(names))}")
 
 
