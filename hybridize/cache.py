@@ -137,7 +137,7 @@ class LatentLayer(DynamicLayer):
         if self.positions is not None:
             self.positions = change(self.positions)
 
-    def reorder_cache(self, beam_idx: Tensor) -> None:
+    def reorder_cache(self, beam_idx: Any) -> None:
         super().reorder_cache(beam_idx)
         self._select(lambda t: t.index_select(0, beam_idx.to(t.device)))
 

@@ -111,6 +111,8 @@ class LowRankAttention(nn.Module):
     and k_norm where it has them; k_down [C r, D], k_up, v_down [C r, D]; o_proj [D, H r], head by head.
     """
 
+    q_proj: nn.Linear
+
     def __init__(self, config: Any, layer_idx: int, heads_per_group: int, rank: int, v_rank: int):
         super().__init__()
         family = family_of(config)
@@ -178,7 +180,7 @@ class LowRankAttention(nn.Module):
             if latents.shape[2] > new:
                 # Queries take theirs from the same place, so that both are rotated alike whatever the model was cast to.
                 k_angles = self._angles(hidden_states, positions)
-                q_angles = tuple(angle[:, -new:] for angle in k_angles)
+                q_angles = (k_angles[0][:, -new:], k_angles[1][:, -new:])
         k = self.k_up(latents).unflatten(-1, (-1, self.width)).transpose(2, 3).flatten(1, 2)
         q, k = rotated(q, q_angles), rotated(self._norm("k_norm", k), k_angles)
         mask = self._mask(attention_mask, new, k.shape[2], q)
