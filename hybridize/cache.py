@@ -1,8 +1,8 @@
 """Cache entries of the new mixers, to sit beside transformers' own in a DynamicCache.
 
-Both report the tokens *seen* as their length and call themselves sliding, because transformers sizes masks and positions
-from the first entry that does not. Neither can be rolled back: `crop` raises, `is_croppable` is False, and a model
-that holds one says `_is_stateful`, which keeps assisted decoding away from it.
+Entries that forget report the tokens *seen* as their length and call themselves sliding, because transformers sizes masks and
+positions from the first entry that does not. They cannot be rolled back: `crop` raises, `is_croppable` is False, and a model
+that holds one says `_is_stateful`, which keeps assisted decoding away from it. `LatentLayer` forgets nothing.
 """
 
 from typing import Any
@@ -147,9 +147,9 @@ class BranchedLayer(ForgetfulLayer):
 
     def __init__(self, **kwargs: Any):
         super().__init__(**kwargs)
-        self.parts: dict[type[ForgetfulLayer], ForgetfulLayer] = {}
+        self.parts: dict[type[Any], Any] = {}
 
-    def part(self, kind: type[ForgetfulLayer]) -> ForgetfulLayer:
+    def part(self, kind: type[Any]) -> Any:
         return self.parts.setdefault(kind, kind())
 
     def held(self) -> list[Tensor]:
@@ -164,7 +164,54 @@ class BranchedLayer(ForgetfulLayer):
         self.parts = {}
 
 
-def own_layer(cache: Cache | BranchedLayer, layer_idx: int, kind: type[ForgetfulLayer]) -> Any:
+class LatentLayer(DynamicLayer):
+    """Latents of keys and values, [B, groups, S, r], and the position of each token, `positions` [B, S] int32.
+
+    It grows with every token and can be rolled back like transformers' own. Positions are kept because keys are rebuilt, and
+    rotated, at every step: padding, packing and gaps cannot be told from a token's place in the cache.
+    """
+
+    positions: Any = None
+
+    def extend(self, keys: Tensor, values: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Add new tokens; returns keys, values and positions of all. `positions` is [1, T] or [B, T]."""
+        positions = positions.to(device=keys.device, dtype=torch.int32).expand(keys.shape[0], -1)
+        self.positions = (
+            positions if self.get_seq_length() == 0 else torch.cat([self.positions.to(keys.device), positions], dim=1)
+        )
+        return *self.update(keys, values), self.positions
+
+    def held(self) -> list[Tensor]:
+        """The tensors this entry keeps between calls; their bytes are what `state_bytes` promises."""
+        return [t for t in (self.keys, self.values, self.positions) if isinstance(t, Tensor)]
+
+    def reset(self) -> None:
+        super().reset()
+        self.positions = None
+
+    def crop(self, tokens_to_remove: int) -> None:
+        super().crop(tokens_to_remove)
+        if self.positions is not None:
+            self.positions = self.positions[:, : self.get_seq_length()]
+
+    def _select(self, change: Any) -> None:
+        if self.positions is not None:
+            self.positions = change(self.positions)
+
+    def reorder_cache(self, beam_idx: Any) -> None:
+        super().reorder_cache(beam_idx)
+        self._select(lambda t: t.index_select(0, beam_idx.to(t.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        super().batch_repeat_interleave(repeats)
+        self._select(lambda t: t.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        super().batch_select_indices(indices)
+        self._select(lambda t: t[indices.to(t.device)])
+
+
+def own_layer(cache: Cache | BranchedLayer, layer_idx: int, kind: type[CacheLayerMixin]) -> Any:
     """The cache entry of a mixer, put in place of transformers' own on first use.
 
     A mixer that is one branch of a layer gets the layer's BranchedLayer for a cache, and its part of it here.
@@ -190,7 +237,7 @@ def cache_bytes(cache: Cache) -> int:
     """Bytes of every tensor a cache holds, summed over layers and batch."""
     total = 0
     for entry in cache.layers:
-        if isinstance(entry, ForgetfulLayer):
+        if isinstance(entry, ForgetfulLayer | LatentLayer):
             tensors = entry.held()
         else:
             tensors = [t for t in (getattr(entry, "keys", None), getattr(entry, "values", None)) if isinstance(t, torch.Tensor)]

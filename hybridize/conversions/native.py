@@ -14,6 +14,8 @@ NO_CLASS = {
     "streaming_heads": "no native class gives the heads of one layer different windows",
     "gla": "no native class has gated linear attention beside a softmax window",
     "lolcats": "no native class has a softmax window and feature maps under one normaliser",
+    "low_rank_kv": "no class of transformers keeps low-rank keys from before the rotary embedding",
+    "mla": "no native class mixes latent attention with another kind",
     "kda": "the native classes with Kimi delta attention have latent attention beside it, not the base's",
 }
 
@@ -34,8 +36,6 @@ def native_verdict(config: Any, mixers: list[dict[str, Any]]) -> dict[str, str]:
         return _qwen(config, mixers)
     if names == {"mla"}:
         return _deepseek(config, mixers)
-    if names <= {"attention", "mla"}:
-        return _none("no native class mixes latent attention with another kind")
     if names <= {"attention", "streaming"}:
         return _windowed(config, [spec for spec in mixers if spec["name"] == "streaming"])
     for name, reason in NO_CLASS.items():

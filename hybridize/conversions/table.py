@@ -6,6 +6,7 @@ CONVERSIONS = Registry(
     "conversion",
     {
         "attention": "hybridize.conversions.keep:Keep",
+        "low_rank_kv": "hybridize.conversions.low_rank_from_gqa:LowRankFromGQA",
         "streaming": "hybridize.conversions.keep:Keep",
         "block_sparse": "hybridize.conversions.keep:Keep",
         "streaming_heads": "hybridize.conversions.streaming_heads:HeadsFromGQA",

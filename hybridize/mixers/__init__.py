@@ -6,6 +6,7 @@ MIXERS = Registry(
     "mixer",
     {
         "attention": "hybridize.mixers.attention:Attention",
+        "low_rank_kv": "hybridize.mixers.low_rank_kv:LowRankKV",
         "streaming": "hybridize.mixers.streaming:Streaming",
         "block_sparse": "hybridize.mixers.block_sparse:BlockSparse",
         "streaming_heads": "hybridize.mixers.streaming_heads:StreamingHeads",
