@@ -6,6 +6,7 @@ WORK/recipe.yaml  plan.json  converted/  distilled/  report-base.json  report-co
 
 import dataclasses
 import logging
+import typing
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,6 +76,17 @@ def fitted(stages: list[dict[str, Any]], config: Any) -> list[dict[str, Any]]:
 def calibrated_layers(plan: Plan) -> list[int]:
     """Layers whose seed needs text."""
     return [layer.index for layer in plan.layers if CONVERSIONS.build(layer.conversion).calibrated]
+
+
+def need_text(plan: Plan) -> str:
+    """One line for a plan whose seeds need text where none was given: which layer, and which methods need none."""
+    index = calibrated_layers(plan)[0]
+    spec = plan.layers[index].conversion
+    loaded = CONVERSIONS.load(spec["name"])
+    methods = typing.get_args(typing.get_type_hints(loaded).get("method"))
+    free = [method for method in methods if not CONVERSIONS.build({**spec, "method": method}).calibrated]
+    other = f", or a method that needs none ({', '.join(free)})" if free else ""
+    return f"layer {index}: the seed of its {spec['name']} is calibrated on text. Give --data TEXT{other}"
 
 
 def load_tokenizer(path: Path) -> Any:

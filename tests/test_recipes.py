@@ -1,9 +1,11 @@
 import pytest
+from transformers import AutoConfig
 
-from hybridize.checkpoint import open_base
+from hybridize.checkpoint import describe_base, open_base
 from hybridize.conversions import plan
 from hybridize.errors import ConfigError
 from hybridize.families import FAMILIES
+from hybridize.mixers import MIXERS
 from hybridize.pipeline import check_components
 from hybridize.recipe import MAX_BYTES, builtin_recipes, load_recipe
 from tests.tiny import tiny_base
@@ -26,7 +28,12 @@ def test_built_in_recipes_are_valid_and_plan_on_every_family(name, bases):
 
 
 def test_the_promised_recipes_are_there():
-    assert {"mamba2", "streaming", "mamba-in-llama", "lighttransfer", "demo", "samba-y"} <= set(builtin_recipes())
+    systems = (
+        "transmla mha2mla x-ecomla zebra-llama hylo mamba-in-llama mohawk matvlm mmmamba lolcats liger radlads halo longgen "
+        "lighttransfer duo-attention palu nha olmo-hybrid samba-y demo"
+    )
+    assert set(MIXERS.names()) - {"attention", "block_sparse", "streaming_heads", "low_rank_kv", "gmu"} <= set(builtin_recipes())
+    assert {"block-sparse", "streaming-heads", "low-rank-kv", *systems.split()} <= set(builtin_recipes())
 
 
 def test_a_resolved_recipe_reads_back_the_same(tmp_path):
@@ -42,6 +49,41 @@ def test_set_overrides_any_key():
     assert recipe.distill[0]["lr"] == 1e-5
     assert recipe.seed == 3
     assert load_recipe("streaming", ["data.held_out_share=0.1"]).data.held_out_share == 0.1
+
+
+LLAMA_1B = ("llama", {"num_hidden_layers": 16, "hidden_size": 2048, "num_attention_heads": 32, "num_key_value_heads": 8})
+LLAMA_3B = ("llama", {"num_hidden_layers": 28, "hidden_size": 3072, "num_attention_heads": 24, "num_key_value_heads": 8})
+LLAMA_8B = ("llama", {"num_hidden_layers": 32, "hidden_size": 4096, "num_attention_heads": 32, "num_key_value_heads": 8})
+QWEN_1B = (
+    "qwen3",
+    {"num_hidden_layers": 28, "hidden_size": 2048, "num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 128},
+)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "base", "percent"),
+    [
+        ("zebra-llama", LLAMA_1B, "3.91"),
+        ("zebra-llama", LLAMA_3B, "2.01"),
+        ("zebra-llama", LLAMA_8B, "2.73"),
+        ("hylo", LLAMA_1B, "3.91"),
+        ("hylo", LLAMA_3B, "4.69"),
+        ("hylo", QWEN_1B, "7.81"),
+        ("x-ecomla", LLAMA_1B, "9.38"),
+    ],
+)
+def test_published_kv_shares(recipe, base, percent, tmp_path):
+    """The published figures; 8B: 8 of 32 layers cache 160 + 64 numbers a token where the base caches 2,048."""
+    family, sizes = base
+    fields = {**sizes, "vocab_size": 64, "intermediate_size": 64, "dtype": "bfloat16"}
+    AutoConfig.for_model(family, **fields).save_pretrained(tmp_path)
+    found = describe_base(tmp_path)
+    chosen = load_recipe(recipe, config=found.config)
+    made = plan(found, chosen.plan, recipe, 0)
+    assert f"{100 * made.kv_share:.2f}" == percent
+    assert made.base_state_bytes["4096"] == 4096 * 2 * 2 * sizes["num_hidden_layers"] * 8 * (
+        sizes.get("head_dim") or sizes["hidden_size"] // sizes["num_attention_heads"]
+    )
 
 
 SIZED = """

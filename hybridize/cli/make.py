@@ -91,7 +91,7 @@ def convert(
     from hybridize.core import Plan
     from hybridize.data import read_documents, tokenize
     from hybridize.hub import resolve_base
-    from hybridize.pipeline import calibrated_layers, calibration_rows, load_tokenizer
+    from hybridize.pipeline import calibrated_layers, calibration_rows, load_tokenizer, need_text
     from hybridize.recipe import parse_recipe
 
     if (recipe is None) == (plan_file is None):
@@ -106,11 +106,9 @@ def convert(
         chosen = shared.load(recipe, set_, checkpoint.config)
         made = make_plan(checkpoint, chosen.plan, chosen.name, chosen.seed)
     text = None
-    if layers := calibrated_layers(made):
+    if calibrated_layers(made):
         if data is None:
-            raise ConfigError(
-                f"layer {layers[0]}: its seed is calibrated on text. Give --data TEXT, or --set plan.mixer.method=mimetic"
-            )
+            raise ConfigError(need_text(made))
         tokens = tokenize(load_tokenizer(folder), read_documents(data))
         text = calibration_rows(tokens, chosen, checkpoint.config)
     summary = run_convert(made, out, text, resume=resume, dry_run=dry_run, progress=shared.screen.progress, base_path=folder)

@@ -10,13 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hybridize.conversions.fitting import inverse_softplus
+from hybridize.conversions.fitting import OPEN_GATE, inverse_softplus
 from hybridize.errors import ConfigError
 from hybridize.families import head_dim
 from hybridize.mixers.gdn import DeltaMixer, GDNMixer
 
-# SiLU(z) = 1 and, times the norm's weight of 2, sigmoid(0).
-OPEN_GATE = 1.2784645427610738
 # Tokens until `copy` has forgotten half: slow beside any text that it is tuned on.
 SLOW_HALF_LIFE = 1024.0
 
