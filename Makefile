@@ -29,7 +29,7 @@ fix: setup
 	$(BIN)/ruff check --fix .
 
 test: setup
-	$(BIN)/python -m pytest -q $(T)
+	$(BIN)/python -m pytest -q -n auto --maxprocesses 8 --dist loadscope $(T)
 
 slow: setup
 	$(BIN)/python -m pytest -q -m slow $(T)
