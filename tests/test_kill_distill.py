@@ -80,24 +80,28 @@ def hashes(folder):
     return {path.name: file_sha256(path) for path in sorted(folder.iterdir())}
 
 
-def campaign_of(campaign, count, seed):
+def campaign_of(campaign, kills, seed):
     folder, student, server, seconds = campaign
     expected = hashes(folder / "whole")
     draw = random.Random(seed)
-    killed = 0
-    for number in range(count):
+    killed = number = 0
+    while killed < kills:
+        assert number < 10 * kills, f"{killed} kills in {number} runs: they come too late"
         out = folder / f"out-{seed}-{number}"
+        number += 1
         # A fifth of the runs are killed a second time, while resuming.
-        for _ in range(2 if number % 5 == 0 else 1):
-            status, _ = server.run(student, out, kill_after=draw.uniform(0.02, 1.0) * seconds)
+        for attempt in range(2 if number % 5 == 0 else 1):
+            status, took = server.run(student, out, kill_after=draw.uniform(0.02, 1.0) * seconds)
             killed += os.WIFSIGNALED(status)
+            if not os.WIFSIGNALED(status) and attempt == 0:
+                # The machine has less to do now than when the time was taken.
+                seconds = min(seconds, took)
             # Under the final name there is the whole output or nothing.
             assert not out.exists() or hashes(out) == expected
         status, _ = server.run(student, out)
         assert status == 0, (folder / "log").read_text()[-2000:]
         assert hashes(out) == expected
         assert not partial_folder(out).exists()
-    assert killed >= count // 2
 
 
 def test_five_kills(campaign):
