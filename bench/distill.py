@@ -1,6 +1,6 @@
 """What a training step costs, against a plain cross-entropy step, dense logits and transformers' Trainer, in one run.
 
-    python bench/distill.py --json FILE
+    python bench/distill.py [--json FILE]
 
 Ratios, each of the shortest of several interleaved measurements: `align_over_ce` and `kl_over_ce` are whole steps
 (forward, backward, update) of the two stages over a plain cross-entropy step of the same hybrid, half of whose layers are
@@ -212,7 +212,7 @@ def over_trainer(hidden: int, steps: int, repeats: int) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, required=True)
+    parser.add_argument("--json", type=Path, help="write the figures here")
     parser.add_argument("--hidden", type=int, default=512)
     parser.add_argument("--mixer", default="mamba2")
     parser.add_argument("--repeats", type=int, default=4)
@@ -224,7 +224,8 @@ def main() -> None:
     ratio = {**fused_kl(args.repeats), **stages(args.hidden, args.mixer, args.repeats), **over_trainer(args.hidden, 8, 3)}
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     found = {"ratio": ratio, "peak_rss_bytes": peak, "hidden": args.hidden, "mixer": args.mixer, "threads": args.threads}
-    args.json.write_text(json.dumps(found, indent=2) + "\n")
+    if args.json:
+        args.json.write_text(json.dumps(found, indent=2) + "\n")
     log.info("%s", json.dumps(found, indent=2))
 
 
