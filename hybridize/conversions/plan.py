@@ -77,7 +77,7 @@ def kept_layers(keep: Any, count: int) -> set[int]:
 
 
 def layer_specs(section: dict[str, Any], count: int) -> list[dict[str, Any]]:
-    """The {"name": ..., **options} of each of `count` layers, as the recipe gives them.
+    """The {"name": ..., **options} of each of `count` layers, as the recipe gives them; a bare name is a mixer's defaults.
 
     Raises:
         ConfigError: an unknown key, a form that contradicts itself, or a layer that the base does not have.
@@ -93,9 +93,9 @@ def layer_specs(section: dict[str, Any], count: int) -> list[dict[str, Any]]:
         if form in section and (others := [key for key in known if key in section and key != form]):
             raise ConfigError(f"plan: got {form} together with {' or '.join(others)}, expected one or the other. Remove one")
     if "parts" in section:
-        return _from_parts(section["parts"], count)
+        return _named(_from_parts(section["parts"], count))
     if "layers" in section:
-        return _from_layers(section["layers"], count)
+        return _named(_from_layers(section["layers"], count))
     if "keep" not in section:
         raise ConfigError("plan.keep is missing. Say which layers stay attention, such as {every: 4}; {layers: []} is none")
     kept = kept_layers(section["keep"], count)
@@ -103,8 +103,12 @@ def layer_specs(section: dict[str, Any], count: int) -> list[dict[str, Any]]:
         raise ConfigError("plan.mixer is missing. Say what the layers that are not kept become, such as {name: mamba2}")
     if "mixer" in section:
         # Checked even where no layer takes it: a recipe's mistake shows with `keep: all` too.
-        split_options(section["mixer"], "plan.mixer")
-    return [{"name": "attention"} if index in kept else section["mixer"] for index in range(count)]
+        split_options(_named([section["mixer"]])[0], "plan.mixer")
+    return _named([{"name": "attention"} if index in kept else section["mixer"] for index in range(count)])
+
+
+def _named(specs: list[Any]) -> list[Any]:
+    return [{"name": spec} if isinstance(spec, str) else spec for spec in specs]
 
 
 def _from_layers(layers: Any, count: int) -> list[dict[str, Any]]:

@@ -105,7 +105,7 @@ def test_sections_that_are_refused(section, says):
         ({"name": "mamba2", "method": "magic"}, "method is 'magic', expected one of 'calibrated', 'mimetic'"),
         ({"name": "mamba2", "taps": 4}, "has no option 'taps'. Known: conv_tokens, heads, method, norm_eps, proj_bias"),
         ({"name": "attention", "x": 1}, "mixer 'attention' has no option 'x'. It has none"),
-        ("mamba2", "expected a mapping with a name"),
+        (["mamba2"], "expected a mapping with a name"),
     ],
 )
 def test_mixers_that_are_refused(bases, spec, says):
@@ -176,6 +176,18 @@ def test_figures_are_the_built_models(bases, family, mixer):
         assert planned.parameters == sum(p.numel() for p in built.self_attn.parameters())
     for tokens in ("1024", "131072"):
         assert sum(layer.state_bytes[tokens] for layer in made.layers) == state_bytes(config, int(tokens))
+
+
+def test_a_bare_name_is_a_mixer_with_its_defaults(bases):
+    base = bases["llama"]
+    for short, full in [
+        ({"layers": {0: "mla", "default": "attention"}}, {"layers": {0: {"name": "mla"}, "default": {"name": "attention"}}}),
+        ({"keep": {"layers": [1]}, "mixer": "gdn"}, {"keep": {"layers": [1]}, "mixer": {"name": "gdn"}}),
+        ({"parts": [{"cycle": ["gla", "mla"]}]}, {"parts": [{"cycle": [{"name": "gla"}, {"name": "mla"}]}]}),
+    ]:
+        assert plan(base, short, "t", 0) == plan(base, full, "t", 0)
+    with pytest.raises(ConfigError, match="Did you mean 'gdn'"):
+        plan(base, {"layers": {"default": "gdnn"}}, "t", 0)
 
 
 def test_kv_share_counts_what_grows(bases):
