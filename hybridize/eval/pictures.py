@@ -13,6 +13,11 @@ from hybridize.eval.table import human_bytes
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#999999")
 
 
+def nth_colour(place: int) -> str:
+    """The palette over and over: nothing is left out of a picture for want of a colour."""
+    return COLOURS[place % len(COLOURS)]
+
+
 def draw(paint: Callable[[Any], None], width: float, height: float) -> bytes:
     """A figure of `width` x `height` inches that `paint` draws on, as PNG; the same input gives the same bytes."""
     try:
@@ -29,7 +34,7 @@ def draw(paint: Callable[[Any], None], width: float, height: float) -> bytes:
 def layer_map(plan: Plan) -> bytes:
     """One strip for each layer, coloured by mixer, its width the cache bytes at the longest context of the plan."""
     names = sorted({layer.mixer["name"] for layer in plan.layers}, key=lambda name: (name != "attention", name))
-    colour = {name: COLOURS[i % len(COLOURS)] for i, name in enumerate(names)}
+    colour = {name: nth_colour(place) for place, name in enumerate(names)}
     longest = max((int(tokens) for layer in plan.layers for tokens in layer.state_bytes), default=0)
     held = [layer.state_bytes.get(str(longest), 0) for layer in plan.layers]
     top = max([*held, 1])
@@ -54,9 +59,9 @@ def loss_curves(stages: dict[str, list[tuple[float, float]]]) -> bytes:
 
     def paint(figure: Any) -> None:
         panels = figure.subplots(1, len(stages), squeeze=False)[0]
-        for axes, (name, points), colour in zip(panels, stages.items(), COLOURS * len(stages), strict=False):
+        for place, (axes, (name, points)) in enumerate(zip(panels, stages.items(), strict=True)):
             tokens, losses = zip(*points, strict=True)
-            axes.plot(tokens, losses, color=colour, linewidth=1.2)
+            axes.plot(tokens, losses, color=nth_colour(place), linewidth=1.2)
             if min(losses) > 0:
                 axes.set_yscale("log")
             axes.set_title(name, fontsize=10, loc="left")
@@ -76,9 +81,9 @@ def against_context(reports: dict[str, Report], name: str, label: str, log_y: bo
 
     def paint(figure: Any) -> None:
         axes = figure.subplots()
-        for (word, points), colour in zip(lines.items(), COLOURS, strict=False):
+        for place, (word, points) in enumerate(lines.items()):
             values = [reports[word].metrics[full].value for _, full in points]
-            axes.plot([tokens for tokens, _ in points], values, "o-", color=colour, label=word)
+            axes.plot([tokens for tokens, _ in points], values, "o-", color=nth_colour(place), label=word)
         lengths = sorted({tokens for points in lines.values() for tokens, _ in points})
         axes.set_xscale("log", base=2)
         axes.set_xticks(lengths, [f"{tokens:,}" for tokens in lengths])

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from hybridize.errors import ConfigError
 from hybridize.kernels.gdn import gdn, gdn_step
 from hybridize.kernels.gdn.reference import gdn_reference
+from tests.kernels.calls import as_fp64, grads_of, run
 from tests.tolerances import assert_close, rms_ratio
 
 NAMES = ("q", "k", "v", "g", "beta", "state")
@@ -31,21 +32,6 @@ def make_inputs(tokens, heads=(4, 2, 2), dtype=torch.float64, channels=False, ba
         "beta": 2 * torch.sigmoid(normal(batch, tokens, H, dtype=small)),
         "state": normal(batch, H, N, P, dtype=small),
     }
-
-
-def run(function, inputs, **options):
-    return function(*(inputs[name] for name in NAMES), **options)
-
-
-def as_fp64(inputs):
-    return {name: t.detach().double().clone() for name, t in inputs.items()}
-
-
-def grads_of(function, inputs, dy, dstate, **options):
-    leaves = {name: t.detach().clone().requires_grad_() for name, t in inputs.items()}
-    y, state = run(function, leaves, **options)
-    torch.autograd.backward((y, state), (dy.to(y.dtype), dstate.to(state.dtype)))
-    return {name: leaf.grad for name, leaf in leaves.items()}
 
 
 def assert_all(inputs, row, options=None, reference_options=None):

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from hybridize.errors import ConfigError
 from hybridize.kernels.gla import gla, gla_step
 from hybridize.kernels.gla.reference import gla_reference
+from tests.kernels.calls import as_fp64, grads_of, run
 from tests.tolerances import assert_close
 
 NAMES = ("q", "k", "v", "decay", "state")
@@ -30,21 +31,6 @@ def make_inputs(tokens, heads=(4, 2), dtype=torch.float64, channels=N, batch=2, 
         "decay": F.logsigmoid(normal(batch, tokens, S, channels, dtype=wide) * 3),
         "state": normal(batch, S, N, P, dtype=wide),
     }
-
-
-def run(function, inputs, **options):
-    return function(*(inputs[name] for name in NAMES), **options)
-
-
-def as_fp64(inputs):
-    return {name: t.detach().double().clone() for name, t in inputs.items()}
-
-
-def grads_of(function, inputs, dy, dstate, **options):
-    leaves = {name: t.detach().clone().requires_grad_() for name, t in inputs.items()}
-    y, state = run(function, leaves, **options)
-    torch.autograd.backward((y, state), (dy.to(y.dtype), dstate.to(state.dtype)))
-    return {name: leaf.grad for name, leaf in leaves.items()}
 
 
 def fails(actual, expected, row="fp64", grad=False):

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from hybridize.errors import ConfigError
 from hybridize.kernels.ssd import ssd, ssd_step
 from hybridize.kernels.ssd.reference import ssd_reference
+from tests.kernels.calls import as_fp64, grads_of, run
 from tests.tolerances import assert_close
 
 NAMES = ("x", "dt", "A", "B", "C", "D", "state")
@@ -32,21 +33,6 @@ def make_inputs(tokens, heads=(2, 2, 4), dtype=torch.float64, batch=2, seed=0):
         "D": normal(H, dtype=small),
         "state": normal(batch, H, P, N, dtype=small),
     }
-
-
-def run(function, inputs, **options):
-    return function(*(inputs[name] for name in NAMES), **options)
-
-
-def as_fp64(inputs):
-    return {name: t.detach().double().clone() for name, t in inputs.items()}
-
-
-def grads_of(function, inputs, dy, dstate, **options):
-    leaves = {name: t.detach().clone().requires_grad_() for name, t in inputs.items()}
-    y, state = run(function, leaves, **options)
-    torch.autograd.backward((y, state), (dy.to(y.dtype), dstate.to(state.dtype)))
-    return {name: leaf.grad for name, leaf in leaves.items()}
 
 
 def fails(actual, expected, row="fp64", grad=False):
