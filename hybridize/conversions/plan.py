@@ -267,24 +267,33 @@ def plan(base: Described, section: dict[str, Any], recipe_name: str, seed: int, 
 
 
 def plan_table(plan: Plan) -> list[dict[str, Any]]:
-    """Rows to print: runs of equal layers merged; parameters and cache bytes are of the whole run."""
-    rows: list[dict[str, Any]] = []
-    runs: list[list[LayerPlan]] = []
+    """Rows to print, one for each kind of layer: equal ones are merged; parameters and cache bytes are of them all."""
+    kinds: list[list[LayerPlan]] = []
     for layer in plan.layers:
-        if runs and (runs[-1][0].mixer, runs[-1][0].conversion) == (layer.mixer, layer.conversion):
-            runs[-1].append(layer)
+        equal = next((kind for kind in kinds if (kind[0].mixer, kind[0].conversion) == (layer.mixer, layer.conversion)), None)
+        if equal is None:
+            kinds.append([layer])
         else:
-            runs.append([layer])
-    for run in runs:
-        first, last = run[0], run[-1]
-        rows.append(
-            {
-                "layers": str(first.index) if first is last else f"{first.index}-{last.index}",
-                "mixer": first.mixer["name"],
-                "options": {key: value for key, value in first.mixer.items() if key != "name"},
-                "conversion": {key: value for key, value in first.conversion.items() if key != "name"},
-                "parameters": sum(layer.parameters for layer in run),
-                "state_bytes": {t: sum(layer.state_bytes[t] for layer in run) for t in first.state_bytes},
-            }
-        )
-    return rows
+            equal.append(layer)
+    return [
+        {
+            "layers": ranges([layer.index for layer in kind]),
+            "mixer": kind[0].mixer["name"],
+            "options": {key: value for key, value in kind[0].mixer.items() if key != "name"},
+            "conversion": {key: value for key, value in kind[0].conversion.items() if key != "name"},
+            "parameters": sum(layer.parameters for layer in kind),
+            "state_bytes": {t: sum(layer.state_bytes[t] for layer in kind) for t in kind[0].state_bytes},
+        }
+        for kind in kinds
+    ]
+
+
+def ranges(numbers: list[int]) -> str:
+    """Ascending numbers as people write them: 0, 2-4, 7."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)

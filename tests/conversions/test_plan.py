@@ -8,7 +8,7 @@ from transformers.utils import logging
 
 from hybridize.checkpoint import open_base
 from hybridize.conversions import plan
-from hybridize.conversions.plan import kept_layers, layer_specs, plan_table
+from hybridize.conversions.plan import kept_layers, layer_specs, plan_table, ranges
 from hybridize.core import Plan
 from hybridize.errors import ConfigError
 from hybridize.families import FAMILIES
@@ -209,13 +209,18 @@ def test_json_and_back(bases):
     assert plan(bases["qwen3"], {"keep": {"every": 2}, "mixer": MAMBA}, "test", 4).digest() != made.digest()
 
 
-def test_table_merges_equal_runs(bases):
-    made = plan(bases["llama"], {"keep": {"last": 1}, "mixer": WINDOW}, "test", 0)
+def test_table_merges_equal_layers(bases):
+    made = plan(bases["llama"], {"keep": {"layers": [1]}, "mixer": WINDOW}, "test", 0)
     rows = plan_table(made)
-    assert [(row["layers"], row["mixer"]) for row in rows] == [("0-1", "streaming"), ("2", "attention")]
-    assert rows[0]["parameters"] == made.layers[0].parameters + made.layers[1].parameters
+    assert [(row["layers"], row["mixer"]) for row in rows] == [("0, 2", "streaming"), ("1", "attention")]
+    assert rows[0]["parameters"] == made.layers[0].parameters + made.layers[2].parameters
     assert rows[0]["state_bytes"]["8192"] == 2 * made.layers[0].state_bytes["8192"]
     assert rows[0]["options"] == {"sink_tokens": 0, "window_tokens": 16}
+
+
+def test_ranges():
+    assert ranges([0, 1, 2, 4, 6, 7]) == "0-2, 4, 6-7"
+    assert ranges([]) == ""
 
 
 OTHER_EPS = {**MAMBA, "norm_eps": 1e-3}
