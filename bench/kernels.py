@@ -3,7 +3,7 @@
     python bench/kernels.py --json kernels.json
 
 Each implementation is first compared with the float64 reference; if one is wrong, nothing is timed.
-The runs are interleaved, so a busy neighbour slows all of them alike. The anchor of `ssd` and `gdn` is the
+The runs are interleaved, so a busy neighbour slows all of them alike. The anchor of `ssd`, `gdn` and `gla` is the
 token-by-token scan under autograd, of `conv` the library's depthwise `conv1d`, of `gated_norm` the
 eager chain of operations. Ratios are of medians; the minimum is shown beside them.
 """
@@ -29,6 +29,8 @@ from hybridize.kernels.gated_norm import gated_rms_norm  # noqa: E402
 from hybridize.kernels.gated_norm.reference import gated_rms_norm_reference  # noqa: E402
 from hybridize.kernels.gdn import gdn  # noqa: E402
 from hybridize.kernels.gdn.reference import gdn_reference  # noqa: E402
+from hybridize.kernels.gla import gla  # noqa: E402
+from hybridize.kernels.gla.reference import gla_reference  # noqa: E402
 from hybridize.kernels.ssd import ssd  # noqa: E402
 from hybridize.kernels.ssd.reference import ssd_reference  # noqa: E402
 from tests.tolerances import TOLERANCES, rms_ratio  # noqa: E402
@@ -72,10 +74,20 @@ def gdn_inputs(queries, others, *channels):
     ]
 
 
+def gla_inputs(states, channels):
+    return [
+        torch.randn(BATCH, TOKENS, HEADS, N) / N**0.5,
+        torch.randn(BATCH, TOKENS, states, N),
+        torch.randn(BATCH, TOKENS, states, P),
+        -F.softplus(torch.randn(BATCH, TOKENS, states, channels) - 2),
+    ]
+
+
 def operations():
     """{op: (inputs, float64 reference, {implementation: function})}; the first is the anchor."""
     scans = {"scan": ssd_reference, "chunked": ssd}
     deltas = {"scan": gdn_reference, "chunked": gdn}
+    gated = {"scan": gla_reference, "chunked": gla}
     width = HEADS * P
     norm_inputs = [torch.randn(BATCH, TOKENS, width) for _ in range(2)] + [torch.randn(width)]
     options = {"eps": 1e-5, "group_size": P}
@@ -86,6 +98,9 @@ def operations():
         "gdn": (gdn_inputs(HEADS, HEADS), gdn_reference, deltas),
         "gdn, 2 k and v": (gdn_inputs(HEADS, 2), gdn_reference, deltas),
         "gdn, channels": (gdn_inputs(HEADS, HEADS, N), gdn_reference, deltas),
+        "gla": (gla_inputs(HEADS, 1), gla_reference, gated),
+        "gla, 2 states": (gla_inputs(2, 1), gla_reference, gated),
+        "gla, channels": (gla_inputs(HEADS, N), gla_reference, gated),
         "conv": (
             [
                 torch.randn(BATCH, TOKENS, CHANNELS),

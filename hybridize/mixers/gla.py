@@ -167,13 +167,11 @@ class GatedLinearAttention(WindowedAttention):
     ) -> Tensor:
         """The recurrent branch before its scale, [B, T, H, d], from what `unrotated` gives; other arguments as in `forward`."""
         log_decay = self.log_decay(hidden_states, k)
-        repeat = self.state_heads // k.shape[2]
-        k, v = (t.repeat_interleave(repeat, dim=2) for t in (k, v))
-        log_decay = log_decay.repeat_interleave(self.state_heads // log_decay.shape[2], dim=2)
-        q, k, v = _wide(q), _wide(k), _wide(v)
+        q, k, v = _wide(q), *(self._repeated(_wide(t)) for t in (k, v))
+        log_decay = self._repeated(log_decay)
         if self.options.mix == "learned":
             scale = self.feature_scale.to(k)[:, None]
-            q, k = q * scale.repeat_interleave(self.num_heads // self.state_heads, dim=0), k * scale
+            q, k = (q.unflatten(2, (self.state_heads, -1)) * scale[:, None]).flatten(2, 3), k * scale
         q, k = q.softmax(-1), k.softmax(-1)
         if padding_mask is not None:
             k, log_decay = k * padding_mask[..., None, None], log_decay * padding_mask[..., None, None]
@@ -191,6 +189,11 @@ class GatedLinearAttention(WindowedAttention):
         if self.options.normalise:
             y = y[..., :-1] / y[..., -1:].clamp(min=SMALLEST_SUM)
         return y
+
+    def _repeated(self, tensor: Tensor) -> Tensor:
+        """[B, T, n_kv or S, E] -> one for each state head."""
+        repeat = self.state_heads // tensor.shape[2]
+        return tensor if repeat == 1 else tensor.repeat_interleave(repeat, dim=2)
 
 
 def _wide(tensor: Tensor) -> Tensor:

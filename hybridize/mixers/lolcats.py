@@ -25,17 +25,15 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from hybridize.cache import LeavingWindowLayer, own_layer
+from hybridize.cache import LeavingWindowLayer
 from hybridize.errors import ConfigError
-from hybridize.families import element_bytes, family_of, head_dim
+from hybridize.families import element_bytes, head_dim
 from hybridize.kernels.gla import gla, gla_step
+from hybridize.mixers.windowed import QUERY_BLOCK, Reach, WindowedAttention
 
 # gamma = sigmoid of this = 0.1, the published start.
 WINDOW_FACTOR = -math.log(9)
-# Queries handled at once: scores of a block stay small however long the text is.
-QUERY_BLOCK = 256
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,21 +67,15 @@ class LoLCATs:
         return near + config.num_attention_heads * 2 * (self.feature_dim or width) * (width + 1) * 4
 
 
-class LoLCATsAttention(nn.Module):
+class LoLCATsAttention(WindowedAttention):
     """The module that stands where `self_attn` was: the base's projections, two feature maps and gamma for each query head."""
 
-    q_proj: nn.Linear
-    k_proj: nn.Linear
-    v_proj: nn.Linear
-    o_proj: nn.Linear
+    entry_kind = LeavingWindowLayer
 
     def __init__(self, config: Any, layer_idx: int, options: LoLCATs):
-        super().__init__()
-        self.layer_idx, self.window, self.affine = layer_idx, options.window_tokens, options.affine
-        self.head_dim = head_dim(config)
+        super().__init__(config, layer_idx, Reach(sink=0, window=options.window_tokens))
+        self.window, self.affine = options.window_tokens, options.affine
         self.num_heads = config.num_attention_heads
-        for name, child in family_of(config).attention(config, layer_idx).named_children():
-            self.add_module(name, child)
         shape = (self.num_heads, self.head_dim, options.feature_dim or self.head_dim)
         self.feature_map_q = nn.Parameter(torch.zeros(shape))
         self.feature_map_k = nn.Parameter(torch.zeros(shape))
@@ -95,31 +87,6 @@ class LoLCATsAttention(nn.Module):
         init.copy_(self.feature_map_q, start)
         init.copy_(self.feature_map_k, start)
         init.copy_(self.window_factors, torch.full((self.num_heads,), WINDOW_FACTOR))
-
-    def forward(
-        self,
-        hidden_states: Tensor,
-        position_embeddings: tuple[Tensor, Tensor],
-        past_key_values: Any = None,
-        padding_mask: Tensor | None = None,
-        segment_ids: Tensor | None = None,
-        **unused: Any,
-    ) -> tuple[Tensor, None]:
-        """Attend; see the module docstring.
-
-        Args:
-            hidden_states: [B, T, D].
-            position_embeddings: cos and sin, [B, T, d].
-            past_key_values: a DynamicCache or None; this layer's entry becomes a LeavingWindowLayer.
-            padding_mask: [B, T] bool, False on padding; None is no padding.
-            segment_ids: [B, T] int, documents of a packed row; None is one document. Not with a cache.
-            **unused: what other attention modules read, such as the 4-D mask.
-
-        Returns:
-            ([B, T, D], None).
-        """
-        entry = None if past_key_values is None else own_layer(past_key_values, self.layer_idx, LeavingWindowLayer)
-        return self.o_proj(self.context(hidden_states, position_embeddings, entry, padding_mask, segment_ids)), None
 
     def context(
         self,
@@ -144,13 +111,9 @@ class LoLCATsAttention(nn.Module):
             near = self.inside(q, keys, values, real, segment_ids)
             y = self.join(near, far, torch.sigmoid(self.window_factors.to(near)))
         if entry is not None:
-            if padding_mask is not None:
-                entry.pads = (~padding_mask).sum(dim=1) + (0 if entry.pads is None else entry.pads)
             # Copied, so that the entry holds no more than the window.
             entry.keys, entry.values = keys[:, :, -self.window :].contiguous(), values[:, :, -self.window :].contiguous()
             entry.state = None if state is None else state.detach()
-            entry.seen += new
-            entry.is_initialized = True
         return y.transpose(1, 2).flatten(2).to(hidden_states.dtype)
 
     def join(self, near: Tensor, far: Tensor | None, gamma: Tensor) -> Tensor:
@@ -160,16 +123,6 @@ class LoLCATsAttention(nn.Module):
         if far is not None:
             sums = sums + (1 - gamma if self.affine else 1) * far
         return sums[..., :-1] / sums[..., -1:]
-
-    def project(self, hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """The base's heads with their angle: q [B, H, T, d], k and v [B, G, T, d]."""
-        shape = (*hidden_states.shape[:2], -1, self.head_dim)
-        q, k, v = (getattr(self, f"{name}_proj")(hidden_states).view(shape) for name in "qkv")
-        q, k, v = (t.transpose(1, 2) for t in (self._norm("q_norm", q), self._norm("k_norm", k), v))
-        return (*apply_rotary_pos_emb(q, k, *position_embeddings), v)
-
-    def _norm(self, name: str, heads: Tensor) -> Tensor:
-        return getattr(self, name)(heads) if hasattr(self, name) else heads
 
     @staticmethod
     def _real(entry: LeavingWindowLayer, held: int, padding: Tensor | None, k: Tensor) -> Tensor | None:

@@ -13,11 +13,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from hybridize.cache import SinkWindowLayer, own_layer
+from hybridize.cache import LeavingWindowLayer, SinkWindowLayer, own_layer
 from hybridize.families import family_of, head_dim
 
-# Queries handled at once: the mask and scores of a block stay small however long the text is.
-QUERY_BLOCK = 256
+# Queries handled at once: the mask and scores of a block stay small however long the text is. Of a short window no more
+# than it holds, or most scores of a block are masked; but no fewer than the smallest.
+QUERY_BLOCK, SMALLEST_BLOCK = 256, 64
 
 
 def _at_most(value: Any, limit: int) -> Any:
@@ -109,7 +110,7 @@ class WindowedAttention(nn.Module):
     k_proj: nn.Linear
     v_proj: nn.Linear
     o_proj: nn.Linear
-    entry_kind: type[SinkWindowLayer] = SinkWindowLayer
+    entry_kind: type[SinkWindowLayer] | type[LeavingWindowLayer] = SinkWindowLayer
 
     def __init__(self, config: Any, layer_idx: int, reach: Reach):
         super().__init__()
@@ -221,7 +222,7 @@ class WindowedAttention(nn.Module):
             return self._sdpa(q, k, v, None, causal=True)
         index = torch.arange(new, device=q.device)
         if plain:
-            place, row_segments = index[None], torch.zeros_like(index)[None]
+            place, row_segments = index[None], None
         else:
             real = torch.ones(q.shape[0], new, dtype=torch.bool, device=q.device) if padding is None else padding
             row_segments = (~real).long() * -1 if segments is None else segments.long()
@@ -230,15 +231,16 @@ class WindowedAttention(nn.Module):
             starts[:, 1:] = row_segments[:, 1:] != row_segments[:, :-1]
             place = index - torch.where(starts, index, 0).cummax(dim=1).values
         lasts = reach.lasts(place)
-        pieces = []
-        for start in range(0, new, QUERY_BLOCK):
-            stop = min(start + QUERY_BLOCK, new)
+        pieces, block = [], min(max(reach.window, SMALLEST_BLOCK), QUERY_BLOCK)
+        for start in range(0, new, block):
+            stop = min(start + block, new)
             first = max(0, start - reach.window + 1)
             keep = torch.cat([reach.nth_lasting(index[: reach.lasting(first)]), index[first:stop]]) if plain else index[:stop]
             rows = index[start:stop]
             distance = rows[:, None] - keep[None]
             seen = (distance >= 0)[None] & ((distance < reach.window)[None] | lasts[:, None, keep])
-            seen = seen & (row_segments[:, start:stop, None] == row_segments[:, None, keep])
+            if row_segments is not None:
+                seen = seen & (row_segments[:, start:stop, None] == row_segments[:, None, keep])
             pieces.append(self._sdpa(q[:, :, start:stop], k[:, :, keep], v[:, :, keep], seen[:, None]))
         return torch.cat(pieces, dim=2)
 

@@ -63,7 +63,8 @@ def test_forward_and_gradients_match_the_recurrence(heads, row, channels):
     assert_all(make_inputs(37, heads, dtype, channels), row, {"chunk": 16})
 
 
-@pytest.mark.parametrize(("channels", "tokens"), [(False, t) for t in (1, 31, 32, 33)] + [(True, t) for t in (1, 15, 16, 17)])
+@BOTH
+@pytest.mark.parametrize("tokens", [1, 2, 3, 31, 32, 33])
 def test_every_length_with_the_default_chunks(tokens, channels):
     assert_all(make_inputs(tokens, dtype=torch.float32, channels=channels), "fp32")
 

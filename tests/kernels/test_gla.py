@@ -7,8 +7,9 @@ import torch.nn.functional as F
 from hybridize.errors import ConfigError
 from hybridize.kernels.gla import gla, gla_step
 from hybridize.kernels.gla.reference import gla_reference
+from hybridize.kernels.pairs import ChannelPairs, HeadPairs
 from tests.kernels.calls import as_fp64, grads_of, run
-from tests.tolerances import assert_close
+from tests.tolerances import assert_close, rms_ratio
 
 NAMES = ("q", "k", "v", "decay", "state")
 HEADS = [(4, 4), (4, 1), (4, 2)]
@@ -96,7 +97,7 @@ def test_wrong_variants_are_caught():
 
 
 @pytest.mark.parametrize("channels", [1, N])
-@pytest.mark.parametrize("chunk", [1, 2, 8, 16, 1024])
+@pytest.mark.parametrize("chunk", [1, 2, 7, 16, 1024])
 def test_the_chunk_size_does_not_matter(chunk, channels):
     inputs = make_inputs(70, channels=channels)
     ids = torch.bucketize(torch.arange(70), torch.tensor([9, 33]), right=True).expand(2, -1)
@@ -239,8 +240,87 @@ def test_bad_inputs_are_named(change, words):
 
 def test_bad_options_are_named():
     inputs = make_inputs(9)
-    for chunk in (0, 3):
-        with pytest.raises(ConfigError, match="chunk"):
-            run(gla, inputs, chunk=chunk)
+    with pytest.raises(ConfigError, match="chunk"):
+        run(gla, inputs, chunk=0)
     with pytest.raises(ConfigError, match="segments_BT"):
         run(gla, inputs, segments_BT=torch.zeros(2, 8, dtype=torch.long))
+
+
+@pytest.mark.parametrize("channels", [1, N])
+@pytest.mark.parametrize("segmented", [False, True])
+def test_many_blocks_give_the_result_of_one(monkeypatch, channels, segmented):
+    inputs = make_inputs(61, channels=channels)
+    segments = (torch.arange(61) // 23).expand(2, -1) if segmented else None
+    dy, dstate = torch.randn(2, 61, 4, P).double(), torch.randn(2, 2, N, P).double()
+    y, state = run(gla_reference, inputs, segments_BT=segments)
+    right = grads_of(gla_reference, inputs, dy, dstate, segments_BT=segments)
+    monkeypatch.setattr("hybridize.kernels.gla.torch_impl.BLOCK_NUMBERS", 1500)
+    for chunk in (7, 8):
+        y_small, state_small = run(gla, inputs, chunk=chunk, segments_BT=segments)
+        assert_close(y_small, y, "fp64")
+        assert_close(state_small, state, "fp64")
+        for name, grad in grads_of(gla, inputs, dy, dstate, chunk=chunk, segments_BT=segments).items():
+            assert_close(grad, right[name], "fp64", grad=True)
+
+
+@pytest.mark.parametrize("channels", [1, N])
+def test_wrong_gradients_are_caught(monkeypatch, channels):
+    """Without the final state's gradient, and without that of the decay between pairs, what depends on them is wrong."""
+    inputs = make_inputs(40, channels=channels)
+    inputs["decay"] = 0.05 * inputs["decay"]
+    dy, dstate = torch.randn(2, 40, 4, P).double(), torch.randn(2, 2, N, P).double()
+    right = grads_of(gla_reference, inputs, dy, dstate)
+    without = grads_of(gla, inputs, dy, 0 * dstate)
+    for name in ("k", "v", "decay", "state"):
+        fails(without[name], right[name], grad=True)
+    kind = HeadPairs if channels == 1 else ChannelPairs
+    grads = kind.grads
+
+    def pairs_left_out(self, dw, *others):
+        return *grads(self, dw, *others)[:2], grads(self, 0 * dw, *others)[2]
+
+    monkeypatch.setattr(kind, "grads", pairs_left_out)
+    found = grads_of(gla, inputs, dy, dstate)
+    fails(found.pop("decay"), right.pop("decay"), grad=True)
+    for name, grad in found.items():
+        assert_close(grad, right[name], "fp64", grad=True)
+
+
+@pytest.mark.parametrize("channels", [1, N])
+def test_the_gradient_of_a_decay_beside_a_strong_one_is_no_rounding_noise(channels):
+    """Row sums minus column sums, the usual form, leave the rounding of large numbers where the gradient is small."""
+    inputs = make_inputs(64, dtype=torch.float32, channels=channels)
+    inputs["decay"] = torch.full_like(inputs["decay"], -1e-4)
+    inputs["decay"][:, 32] = -20.0
+    dy, dstate = torch.randn(2, 64, 4, P), torch.randn(2, 2, N, P)
+    expected = grads_of(gla_reference, as_fp64(inputs), dy, dstate)["decay"]
+
+    def both(inputs):
+        """The gradient as it is, and in the usual form: of each channel, what reads and ends later less what was written."""
+        grads = grads_of(gla, inputs, dy, dstate, chunk=64)
+        read, written = (inputs[name] * grads[name] for name in ("q", "k"))
+        usual = (read.unflatten(2, (2, 2)).sum(3) - written).flip(1).cumsum(1).flip(1)
+        usual = usual + (run(gla, inputs)[1] * dstate).sum(-1)[:, None]
+        return grads["decay"][:, 32], (usual.sum(-1, keepdim=True) if channels == 1 else usual)[:, 32]
+
+    own, usual = both(inputs)
+    assert_close(own, expected[:, 32], "fp32", grad=True)
+    fails(usual, expected[:, 32], "fp32", grad=True)
+    for exact in both(as_fp64(inputs)):
+        assert rms_ratio(exact, expected[:, 32]) < 1e-6
+
+
+@pytest.mark.parametrize("channels", [1, N])
+def test_the_backward_keeps_inputs_and_boundary_states_alone(channels):
+    inputs = {name: t.requires_grad_() for name, t in make_inputs(256, dtype=torch.float32, channels=channels).items()}
+    held = {}
+
+    def pack(tensor):
+        held[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        y, _ = run(gla, inputs, chunk=64)
+    assert y.requires_grad
+    own = [inputs[name] for name in NAMES[:-1]]
+    assert sum(held.values()) == 4 * (sum(t.numel() for t in own) + (256 // 64 + 1) * inputs["state"].numel())

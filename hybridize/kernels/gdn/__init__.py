@@ -13,13 +13,12 @@ Letters: B batch, T tokens, H output heads, Q heads of q, G heads of k, X value 
 import torch
 
 from hybridize.errors import ConfigError
+from hybridize.kernels.chunks import compute_dtype
 from hybridize.kernels.gdn.torch_impl import gdn_chunked
-from hybridize.kernels.ssd.torch_impl import compute_dtype
 
 __all__ = ["gdn", "gdn_step"]
 
 CHUNK = 32
-CHUNK_CHANNELS = 16  # a decay for each channel compares L x L x N numbers in a chunk
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -37,7 +36,7 @@ def gdn(q_BTQN, k_BTGN, v_BTXP, g, beta_BTH, state_BHNP=None, segments_BT=None, 
         state_BHNP: state before the first token, [B, H, N, P], fp32 (fp64 for fp64 values); None is zeros.
         segments_BT: integer document ids, [B, T], non-decreasing along T; the state is reset where the id differs from
             that of the token before. `state_BHNP` belongs to the document of the first token.
-        chunk: tokens per chunk; None takes 32, or 16 with a decay for each channel. It changes the speed, not the result.
+        chunk: tokens per chunk; None takes 32. It changes the speed, not the result.
 
     Returns:
         y_BTHP: outputs, [B, T, H, P], dtype of v.
@@ -46,11 +45,12 @@ def gdn(q_BTQN, k_BTGN, v_BTXP, g, beta_BTH, state_BHNP=None, segments_BT=None, 
     Raises:
         ConfigError: a shape, a dtype, head counts that do not divide H, or a chunk below 1.
 
-    Numerics: products, states, decays and the triangular solve in fp32 (fp64 for fp64 values), log decays summed in
-        fp64. Relative RMS error against the fp64 recurrence, fp32: about 2e-7, gradients about 5e-7. With beta = 2 and one
-        key for all tokens nothing dies out, and the rounding of <k, k> adds up: about 4e-8 for each token.
-    Cost: O(T L (N + P) + T N P) per head for chunks of L, with a decay for each channel O(T L N) exponentials more;
-        training keeps T/L states per head. Differentiable once, in every floating argument.
+    Numerics: products, states and decays in fp32 (fp64 for fp64 values), the triangular inverse in fp64, log decays
+        summed in fp64; no factor above one. Relative RMS error against the fp64 recurrence, fp32: about 2e-7, gradients
+        about 5e-7. With beta = 2 and one key for all tokens nothing dies out, and the rounding of <k, k> adds up: about
+        4e-8 for each token.
+    Cost: O(T L (L + N + P) + T N P) per head for chunks of L; training keeps T/L states per head. Differentiable once, in
+        every floating argument.
     Source: Yang, Kautz, Hatamizadeh, arXiv 2412.06464, eq. 10 and section 3.3; a decay for each channel: arXiv
         2510.26692, eq. 1; own derivation of the backward.
     """
@@ -60,8 +60,7 @@ def gdn(q_BTQN, k_BTGN, v_BTXP, g, beta_BTH, state_BHNP=None, segments_BT=None, 
             f"run gdn: segments_BT: got {segments_BT.dtype} {tuple(segments_BT.shape)}, "
             f"expected integers of shape {tuple(beta_BTH.shape[:2])}."
         )
-    if chunk is None:
-        chunk = CHUNK if g.dim() == 3 else CHUNK_CHANNELS
+    chunk = CHUNK if chunk is None else chunk
     if chunk < 1:
         raise ConfigError(f"run gdn: chunk: got {chunk}, expected at least 1.")
     if beta_BTH.shape[1] == 0:

@@ -10,11 +10,13 @@ Letters: B batch, T tokens, H query heads, S state heads, N key dim, P value dim
 import torch
 
 from hybridize.errors import ConfigError
-from hybridize.kernels.gla.torch_impl import compute_dtype, gla_chunked
+from hybridize.kernels.chunks import compute_dtype
+from hybridize.kernels.gla.torch_impl import gla_chunked
 
 __all__ = ["gla", "gla_step"]
 
-CHUNK = 64
+CHUNK_INFERENCE = 32
+CHUNK_TRAINING = 64  # a chunk leaves a state to the backward
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -31,18 +33,18 @@ def gla(q_BTHN, k_BTSN, v_BTSP, log_decay_BTSE, state_BSNP=None, segments_BT=Non
         state_BSNP: state before the first token, [B, S, N, P], fp32 (fp64 for fp64 values); None is zeros.
         segments_BT: integer document ids, [B, T], non-decreasing along T; the state is reset where the id differs from
             that of the token before. `state_BSNP` belongs to the document of the first token.
-        chunk: tokens per chunk, a power of two; None takes 64. It changes the speed, not the result.
+        chunk: tokens per chunk; None takes 32 without and 64 with gradients. It changes the speed, not the result.
 
     Returns:
         y_BTHP: outputs, [B, T, H, P], dtype of v.
         state_BSNP: state after the last token, fp32 (fp64 for fp64 values).
 
     Raises:
-        ConfigError: a shape, a dtype, head counts that do not divide, or a chunk that is no power of two.
+        ConfigError: a shape, a dtype, head counts that do not divide, or a chunk below 1.
 
     Numerics: products, states, decays in fp32 (fp64 for fp64 values), log decays summed in fp64; no factor above one.
-    Cost: O(T (L + log2(L) + P) N) per head for chunks of L; training keeps T/L states and log2(L) copies of q and k.
-        Differentiable in every floating argument.
+    Cost: O(T L (N + P) + T N P) per head for chunks of L; training keeps T/L states. Differentiable once, in every
+        floating argument.
     Source: Yang et al., arXiv 2312.06635, eq. 3.
     """
     _check("gla", q_BTHN, k_BTSN, v_BTSP, log_decay_BTSE, state_BSNP, leading=2)
@@ -51,19 +53,19 @@ def gla(q_BTHN, k_BTSN, v_BTSP, log_decay_BTSE, state_BSNP=None, segments_BT=Non
             f"run gla: segments_BT: got {segments_BT.dtype} {tuple(segments_BT.shape)}, "
             f"expected integers of shape {tuple(q_BTHN.shape[:2])}."
         )
-    chunk = CHUNK if chunk is None else chunk
-    if chunk < 1 or chunk & (chunk - 1):
-        raise ConfigError(f"run gla: chunk: got {chunk}, expected a power of two.")
+    if chunk is None:
+        tracked = (t for t in (q_BTHN, k_BTSN, v_BTSP, log_decay_BTSE, state_BSNP) if t is not None)
+        training = torch.is_grad_enabled() and any(t.requires_grad for t in tracked)
+        chunk = CHUNK_TRAINING if training else CHUNK_INFERENCE
+    if chunk < 1:
+        raise ConfigError(f"run gla: chunk: got {chunk}, expected at least 1.")
     (batch, tokens, heads, width), values = q_BTHN.shape, v_BTSP.shape[-1]
     if tokens == 0:
         empty = v_BTSP.new_zeros(batch, 0, heads, values)
         if state_BSNP is not None:
             return empty, state_BSNP.clone()
         return empty, v_BTSP.new_zeros(batch, k_BTSN.shape[2], width, values, dtype=compute_dtype(v_BTSP.dtype))
-    # A short text needs no long chunk: the next power of two holds it.
-    chunk = min(chunk, 1 << (tokens - 1).bit_length())
-    with torch.autocast(v_BTSP.device.type, enabled=False):
-        return gla_chunked(q_BTHN, k_BTSN, v_BTSP, log_decay_BTSE, state_BSNP, segments_BT, chunk)
+    return gla_chunked(q_BTHN, k_BTSN, v_BTSP, log_decay_BTSE, state_BSNP, segments_BT, int(chunk))
 
 
 @torch.no_grad()

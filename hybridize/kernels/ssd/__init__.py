@@ -14,7 +14,8 @@ N state dim.
 import torch
 
 from hybridize.errors import ConfigError
-from hybridize.kernels.ssd.torch_impl import compute_dtype, no_autocast, ssd_chunked
+from hybridize.kernels.chunks import compute_dtype, no_autocast
+from hybridize.kernels.ssd.torch_impl import ssd_chunked
 
 __all__ = ["ssd", "ssd_step"]
 

@@ -18,18 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from hybridize.kernels.chunks import blocks, compute_dtype, no_autocast
+
 BLOCK_NUMBERS = 1 << 18  # numbers in the largest temporary of a block: 1 MiB in fp32, measured best on 2 cores
-
-
-class _Block(NamedTuple):
-    start: int
-    stop: int
-    chunks: int
-    first_chunk: int
-
-    def of(self, tensor_BT):
-        """Cut this block's tokens out: [B, T, ...] -> [B, U, L, ...], a view."""
-        return tensor_BT[:, self.start : self.stop].unflatten(1, (self.chunks, -1))
 
 
 class _Decay(NamedTuple):
@@ -41,32 +32,9 @@ class _Decay(NamedTuple):
     total_UBH: Tensor  # from the incoming to the outgoing state
 
 
-def compute_dtype(dtype):
-    """The dtype of state, decay and every product: fp64 for fp64 values, else fp32."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def no_autocast(tensor):
-    """A context in which products keep the dtype they are given, whatever the autocast."""
-    return torch.autocast(tensor.device.type, enabled=False)
-
-
 def _blocks(batch, tokens, heads, widest, chunk):
     length = min(chunk, tokens)
-    full = tokens // length
-    most = max(1, BLOCK_NUMBERS // (batch * heads * length * max(length, widest)))
-    blocks = [
-        _Block(
-            first * length,
-            min(first + most, full) * length,
-            min(most, full - first),
-            first,
-        )
-        for first in range(0, full, most)
-    ]
-    if tokens % length:
-        blocks.append(_Block(full * length, tokens, 1, full))
-    return blocks
+    return blocks(tokens, chunk, batch * heads * length * max(length, widest), BLOCK_NUMBERS)
 
 
 def _heads_first(tensor_BULHE, dtype):
@@ -111,10 +79,7 @@ def _decays(dt_UBHL, A_H, block, segments_BT, dtype):
     into, out = total.exp(), (total[..., -1:] - total).exp()
     last = total[..., -1].exp()
     if segments_BT is not None:
-        ids = block.of(segments_BT).transpose(0, 1)[:, :, None, :]
-        before = block.of(segments_BT.roll(1, 1)).transpose(0, 1)[:, :, None, :1]
-        if block.start == 0:
-            before = torch.cat([ids[:1, ..., :1], before[1:]])
+        ids, before = (t[:, :, None] for t in block.borders(segments_BT))
         barred = barred | (ids[..., :, None] != ids[..., None, :])
         into = into * (ids == before)
         out = out * (ids == ids[..., -1:])
@@ -154,13 +119,13 @@ def _forward(inputs, D_H, state_BHPN, segments_BT, chunk, keep_states):
     dtype = compute_dtype(x_BTXP.dtype)
     batch, tokens, heads = dt_BTH.shape
     (X, P), (G, N), M = x_BTXP.shape[2:], B_BTGN.shape[2:], C_BTMN.shape[2]
-    blocks = _blocks(batch, tokens, heads, max(P, N), chunk)
-    kept = blocks[-1].first_chunk + blocks[-1].chunks if keep_states else blocks[0].chunks
+    cut = _blocks(batch, tokens, heads, max(P, N), chunk)
+    kept = cut[-1].first_chunk + cut[-1].chunks if keep_states else cut[0].chunks
     states = torch.empty(kept + 1, batch, heads, P, N, dtype=dtype, device=x_BTXP.device)
     states[0] = 0 if state_BHPN is None else state_BHPN
     y_BTHP = x_BTXP.new_empty(batch, tokens, heads, P)
     last = states[0]
-    for block in blocks:
+    for block in cut:
         x, _, dtx, Bs, Cs, decay = _cut(block, inputs, segments_BT, dtype)
         length = x.shape[3]
         here = states[block.first_chunk :] if keep_states else states
@@ -214,9 +179,8 @@ class _ChunkedSSD(torch.autograd.Function):
         dstate = dlast_BHPN.to(dtype)
         inputs = (x, dt, A, B, C, D)
         batch, tokens, heads = dt.shape
-        blocks = _blocks(batch, tokens, heads, max(states.shape[-2:]), ctx.chunk)
         with no_autocast(x):
-            for block in reversed(blocks):
+            for block in reversed(_blocks(batch, tokens, heads, max(states.shape[-2:]), ctx.chunk)):
                 dstate = _backward_block(block, inputs, segments, states, dy_BTHP, dstate, grads, (dA, dD))
         dx, ddt, dB, dC = grads
         dD = None if D is None else dD.to(D.dtype)
