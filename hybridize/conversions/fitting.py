@@ -1,6 +1,7 @@
 """Closed forms that several seedings share."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,6 +18,10 @@ ROWS = 4
 # rms of y over sqrt(eps): from the norm's linear range to full normalisation.
 SIZES = (0.05, 0.3, 1.0, 3.0, 10.0)
 ALTERNATIONS = 4
+# Columns of a block of a Gram matrix.
+BLOCK = 512
+# Tokens for each number that o_proj reads, from which on a fixed damping does; directions that a refit on fewer corrects.
+ENOUGH, DIRECTIONS = 16, 512
 
 
 def inverse_softplus(value: Tensor) -> Tensor:
@@ -39,19 +44,102 @@ def solve_out_proj(module: Any, prior: Tensor, bias: Tensor | None, calibration:
     """
     prior = prior.double()
     inner = prior.shape[1]
-    gram = torch.zeros(inner, inner, dtype=torch.float64)
+    total = torch.zeros(inner, inner, dtype=torch.float64)
     cross = torch.zeros(inner, prior.shape[0], dtype=torch.float64)
     with torch.no_grad():
         read = [calibration.inputs] if calibration.memory is None else [calibration.inputs, calibration.memory]
         for target, *seen in zip(calibration.target.split(ROWS), *(t.split(ROWS) for t in read), strict=True):
             rows = module.context(*seen).flatten(0, 1)
             wanted = target.flatten(0, 1) if bias is None else target.flatten(0, 1) - bias
-            gram += (rows.T @ rows).double()
-            cross += (rows.T @ wanted).double()
-    damping = RIDGE * float(gram.diagonal().mean())
-    gram.diagonal().add_(damping)
+            total += gram(rows)
+            cross += rows.T @ wanted
+    damping = RIDGE * float(total.diagonal().mean())
+    total.diagonal().add_(damping)
     cross.add_(prior.T, alpha=damping)
-    return torch.linalg.solve(gram, cross).T.float().contiguous()
+    return torch.cholesky_solve(cross, torch.linalg.cholesky(total)).T.float().contiguous()
+
+
+def gram(rows: Tensor) -> Tensor:
+    """rows^T rows of [n, C], [C, C]: of many columns only the blocks on and above the diagonal are multiplied."""
+    width = rows.shape[1]
+    made = rows.new_empty(width, width)
+    for start in range(0, width, BLOCK):
+        block = slice(start, start + BLOCK)
+        part = rows[:, block].T @ rows[:, start:]
+        made[block, start:], made[start:, block] = part, part.T
+    return made
+
+
+def refit_out_proj(
+    context: Callable[[Tensor], Tensor], prior: Tensor, bias: Tensor | None, target: Tensor, dampings: tuple[float, ...]
+) -> Tensor:
+    """o_proj by ridge regression of what it leaves over, its damping chosen on sequences that it was not fitted to.
+
+    For text of fewer than ENOUGH tokens for each number that o_proj reads, of whose noise a fixed damping would fit too much
+    (`solve_out_proj`, for more). Of many numbers the correction reads a few directions only, in which what is left over is seen.
+
+    Args:
+        context: from indices of sequences [n] to what o_proj reads of them, [n, T, C].
+        prior: the weight to stay near, and to keep where no damping does better on the sequences held out, [D, C].
+        bias: of the projection, which stays, or None.
+        target: as in LayerCalibration, of all those sequences, [N, T, D].
+        dampings: to choose from, in units of the Gram matrix's mean diagonal.
+
+    Returns:
+        [D, C], fp32.
+    """
+    # Every fourth sequence is held out.
+    places = torch.arange(len(target))
+    parts = []
+    with torch.no_grad():
+        for part in (places[places % 4 != 3], places[places % 4 == 3]):
+            read = [prior.new_empty(0, prior.shape[1]), *(context(some).flatten(0, 1) for some in part.split(ROWS) if len(some))]
+            wanted = target[part].flatten(0, 1)
+            parts.append((torch.cat(read), wanted if bias is None else wanted - bias))
+    basis = _basis(parts, prior)
+    if basis is None:
+        squares = [gram(read).double() for read, _ in parts]
+        lacks = [read.T @ (wanted - read @ prior.T) for read, wanted in parts]
+    else:
+        few = [read @ basis for read, _ in parts]
+        squares = [gram(x).double() for x in few]
+        lacks = [x.T @ wanted - x.T @ read @ prior.T for x, (read, wanted) in zip(few, parts, strict=True)]
+    mean = float((squares[0] + squares[1]).diagonal().mean())
+    identity = torch.eye(len(squares[0]), dtype=torch.float64)
+
+    def change(square: Tensor, lack: Tensor, damping: float) -> Tensor:
+        return torch.cholesky_solve(lack, torch.linalg.cholesky(square + damping * mean * identity).float())
+
+    best, chosen = 0.0, None
+    for damping in dampings if mean > 0 else ():
+        step = change(squares[0], lacks[0], damping)
+        worse = float((step * (squares[1].float() @ step - 2 * lacks[1])).sum())
+        if worse < best:
+            best, chosen = worse, damping
+    if chosen is None:
+        return prior.float()
+    step = change(squares[0] + squares[1], lacks[0] + lacks[1], chosen)
+    if basis is not None:
+        step = basis @ step
+    return (prior + step.T).contiguous()
+
+
+def spread(count: int, most: int) -> Tensor:
+    """At most `most` of range(count), evenly, int64."""
+    return torch.linspace(0, count - 1, min(most, count)).long()
+
+
+def _basis(parts: list[tuple[Tensor, Tensor]], prior: Tensor) -> Tensor | None:
+    """Orthonormal directions of the input in which what is left over is seen first, [C, DIRECTIONS]; None: every one.
+
+    The range of input^T (target - prior input), by a random sketch of the outputs (Halko et al., arXiv 0909.4061): what
+    partial least squares would take first.
+    """
+    if prior.shape[1] <= DIRECTIONS:
+        return None
+    sketch = torch.randn(len(prior), DIRECTIONS, generator=torch.Generator().manual_seed(0))
+    before = prior.T @ sketch
+    return torch.linalg.qr(sum(read.T @ (wanted @ sketch - read @ before) for read, wanted in parts))[0]
 
 
 def shifted(v: Tensor, taps: int) -> Tensor:

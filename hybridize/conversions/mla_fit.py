@@ -17,13 +17,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hybridize.conversions.layer import LayerCalibration
-from hybridize.conversions.mla_parts import Factors, Heads, Rotary, every_pair, principal
+from hybridize.conversions.fitting import gram, spread
+from hybridize.conversions.mla_parts import Factors, Heads, Projected, Rotary, every_pair, leading, principal
 from hybridize.mixers.mla import LatentAttention
 
-# Sequences whose attention is looked at, and tokens whose keys and values are decomposed.
+# Sequences whose attention is looked at.
 ROWS = 8
-TOKENS = 8192
 # Floors, relative to the mean: of a metric's directions, and of how much a pair's queries count.
 RIDGE, LEAST = 1e-2, 0.1
 # TransMLA's own, on each rotation's covariance.
@@ -54,14 +53,13 @@ def _turned(x: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:
 class Sample:
     """The base's queries, keys, values and attention on a few sequences."""
 
-    def __init__(self, heads: Heads, calibration: LayerCalibration):
-        count, self.length, _ = calibration.inputs.shape
-        inputs = calibration.inputs[torch.linspace(0, count - 1, min(ROWS, count)).long()]
-        self.heads, self.angles = heads, calibration.angles
-        self.q, self.k, self.v = (heads.rows(n, inputs.flatten(0, 1)).unflatten(0, inputs.shape[:2]) for n in "qkv")
-        turned = [_turned(x, self.angles) for x in (self.q, self.k)]
-        self.q_turned, self.k_turned = turned
-        self.out = heads.weights["o"].float().unflatten(1, (heads.count, heads.width))
+    def __init__(self, projected: Projected):
+        self.heads, self.angles = projected.heads, projected.angles
+        some = spread(len(projected.places), ROWS)
+        self.q, self.k, self.v = projected.q[some], projected.k[some], projected.v[some]
+        self.length = self.q.shape[1]
+        self.q_turned, self.k_turned = (_turned(x, self.angles) for x in (self.q, self.k))
+        self.out = self.heads.weights["o"].float().unflatten(1, (self.heads.count, self.heads.width))
 
     def attention(self, scores: Tensor) -> Tensor:
         """Causal softmax of raw scores [N, T, T]."""
@@ -116,12 +114,6 @@ class Sample:
             mine = self.attention(turned @ key.mT + query @ plain[:, :, group].mT)
             total += (mine - p) @ v @ self.out[:, head].T
         return float(total.square().mean())
-
-
-def calibration_tokens(calibration: LayerCalibration) -> Tensor:
-    """At most TOKENS of the calibration's inputs, evenly spread, [n, D]."""
-    tokens = calibration.inputs.flatten(0, 1)
-    return tokens[torch.linspace(0, len(tokens) - 1, min(TOKENS, len(tokens))).long()]
 
 
 def rotate_keys(heads: Heads, mixer: LatentAttention, keys: Tensor, fold: int, weights: Weights | None) -> Rotary:
@@ -219,10 +211,10 @@ def joint_pca(
         ],
         dim=1,
     )
-    gram = torch.zeros(rows.shape[1], rows.shape[1], dtype=torch.float64)
+    total = torch.zeros(rows.shape[1], rows.shape[1], dtype=torch.float64)
     for chunk in rows.split(2048):
-        gram += (chunk.T @ chunk).double()
-    vectors = principal(gram)[1][:, : mixer.rank].reshape(2, G, d, -1)
+        total += gram(chunk)
+    vectors = leading(total, mixer.rank).reshape(2, G, d, -1)
     down = [(root @ part).flatten(0, 1).T for root, part in zip(roots, vectors, strict=True)]
     up = [inverse @ part for inverse, part in zip(inverses, vectors, strict=True)]
     up_keys = up[0].repeat_interleave(H // G, dim=0)
@@ -241,19 +233,18 @@ def _roots(metric: Tensor) -> tuple[Tensor, Tensor]:
     return (vectors * values.sqrt()[:, None]) @ vectors.mT, (vectors * values.rsqrt()[:, None]) @ vectors.mT
 
 
-def transmla(heads: Heads, mixer: LatentAttention, calibration: LayerCalibration, fold: int | str, weigh: str) -> Factors:
+def transmla(projected: Projected, mixer: LatentAttention, fold: int | str, weigh: str) -> Factors:
     """The whole seed; see the module docstring.
 
     Args:
-        heads: the base's.
+        projected: the base's heads and what they make of the text.
         mixer: says r, R and whether frequencies are set.
-        calibration: of this layer.
         fold: M, or "search".
         weigh: "output" or "activations".
     """
-    tokens = calibration_tokens(calibration)
-    keys, values = (heads.rows(name, tokens) for name in "kv")
-    sample = Sample(heads, calibration) if weigh == "output" or fold == "search" else None
+    heads = projected.heads
+    keys, values = projected.k.flatten(0, 1), projected.v.flatten(0, 1)
+    sample = Sample(projected) if weigh == "output" or fold == "search" else None
     weights = sample.weights() if sample is not None and weigh == "output" else None
     if mixer.full_rope:
         rotary = every_pair(heads)

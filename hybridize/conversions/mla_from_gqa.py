@@ -12,14 +12,17 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from hybridize.conversions.fitting import solve_out_proj
+from hybridize.conversions.fitting import ENOUGH, refit_out_proj, solve_out_proj
 from hybridize.conversions.layer import LayerCalibration, materialised
-from hybridize.conversions.mla_fit import calibration_tokens, transmla
-from hybridize.conversions.mla_parts import Factors, Heads, assemble, every_pair, identity_latent, read_heads
+from hybridize.conversions.mla_fit import transmla
+from hybridize.conversions.mla_parts import Factors, Heads, Projected, assemble, every_pair, identity_latent, read_heads
 from hybridize.conversions.mla_published import Selection, choose_pairs, joint_svd, mean_key, own_pairs
 from hybridize.errors import ConfigError
 from hybridize.families import family_of, head_dim
-from hybridize.mixers.mla import MLA, LatentAttention
+from hybridize.mixers.mla import LATENT_EPS, MLA, LatentAttention
+
+# Of o_proj's refit, in units of its Gram matrix's mean diagonal.
+DAMPINGS = (1e-2, 1e-1, 1.0, 10.0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,26 +80,28 @@ class MLAFromGQA:
         if self.calibrated and calibration is None:
             raise ConfigError(f"mla method {self.method!r} needs text to calibrate on. Give text, or method svd")
         heads = read_heads(source, mixer, config, calibration)
-        factors = self._factors(heads, mixer, config, calibration)
+        projected = None if calibration is None else Projected(heads, calibration)
+        factors = self._factors(heads, mixer, config, calibration, projected)
         made = assemble(heads, factors, mixer)
         if "kv_a_layernorm.weight" in made:
-            made["kv_a_layernorm.weight"] = _latent_scale(mixer, made, calibration)
+            made["kv_a_layernorm.weight"] = _latent_scale(mixer, made, factors, projected)
         # An exact layer needs no correction, and would not be exact after one.
         exact = mixer.full_rope and mixer.rank == heads.groups * heads.width and "kv_a_layernorm.weight" not in made
         exact = exact and (mixer.normed or not family_of(config).qk_norm)
         if self.method == "transmla" and self.out_proj == "solved" and not exact:
             assert calibration is not None
-            module, angles = materialised(mixer, made), calibration.angles
-            bound = SimpleNamespace(context=lambda inputs: module.context(inputs, angles))
-            made["o_proj.weight"] = solve_out_proj(bound, made["o_proj.weight"], made.get("o_proj.bias"), calibration)
+            assert projected is not None
+            made["o_proj.weight"] = _solved(materialised(mixer, made), made, factors, projected, calibration)
         return made
 
-    def _factors(self, heads: Heads, mixer: LatentAttention, config: Any, calibration: LayerCalibration | None) -> Factors:
+    def _factors(
+        self, heads: Heads, mixer: LatentAttention, config: Any, calibration: LayerCalibration | None, projected: Projected | None
+    ) -> Factors:
         if mixer.full_rope and mixer.rank == heads.groups * heads.width:
             rotary, latent = every_pair(heads), identity_latent(heads)
         elif self.method == "transmla":
-            assert calibration is not None
-            return transmla(heads, mixer, calibration, self.freq_fold, self.weigh)
+            assert projected is not None
+            return transmla(projected, mixer, self.freq_fold, self.weigh)
         else:
             if mixer.full_rope:
                 rotary = every_pair(heads)
@@ -110,19 +115,44 @@ class MLAFromGQA:
         return Factors(pairs=rotary.pairs, rope_key=rotary.rope_key, rope_query=rotary.rope_query, **latent)
 
 
-def _latent_scale(mixer: LatentAttention, made: dict[str, Tensor], calibration: LayerCalibration | None) -> Tensor:
+def _solved(
+    module: LatentAttention, made: dict[str, Tensor], factors: Factors, projected: Projected, calibration: LayerCalibration
+) -> Tensor:
+    """o_proj onto what the stream lacks, [D, H * d], fp32."""
+    prior, bias = made["o_proj.weight"], made.get("o_proj.bias")
+    if calibration.inputs[..., 0].numel() >= ENOUGH * prior.shape[1]:
+        bound = SimpleNamespace(context=lambda inputs: module.context(inputs, calibration.angles))
+        return solve_out_proj(bound, prior, bias, calibration)
+    target = calibration.target[projected.places]
+    return refit_out_proj(lambda some: context(module, factors, projected, some), prior, bias, target, DAMPINGS)
+
+
+def context(module: LatentAttention, factors: Factors, projected: Projected, some: Tensor) -> Tensor:
+    """What o_proj reads of some of the sequences looked at, [n, T, H * d]: `module.context` by the base's projections.
+
+    Those are there already, and the module's are their linear functions.
+    """
+    q, keys = projected.q[some], projected.k[some].flatten(2)
+    turned = torch.einsum("nthd,hrd->nhtr", q, factors.rope_query.float())
+    latent = _latents(factors, keys, projected.v[some].flatten(2))
+    turned, latent, key = module.rotate(turned, latent, keys @ factors.rope_key.float().T, projected.angles)
+    plain = q[..., : module.plain].transpose(1, 2)
+    return module.expanded(plain, turned, latent[:, None], key[:, None], None).transpose(1, 2).flatten(2)
+
+
+def _latents(factors: Factors, keys: Tensor, values: Tensor) -> Tensor:
+    """Before their norm, [n, T, r], of [n, T, E] each."""
+    return torch.cat([keys, values], dim=-1) @ factors.down.float().T
+
+
+def _latent_scale(mixer: LatentAttention, made: dict[str, Tensor], factors: Factors, projected: Projected | None) -> Tensor:
     """Weight of the latent norm, [r]: least squares of each latent on its normed self; without text, its expected size.
 
     Without text inputs count as having no preferred direction and size 1 (what a fresh input norm makes of them).
     """
-    if calibration is None:
+    if projected is None:
         rows = made["kv_a_proj_with_mqa.weight"][: mixer.rank]
         return torch.full((mixer.rank,), float(rows.square().sum(1).mean().sqrt()))
-    module, kept = materialised(mixer, made), {}
-    module.kv_a_layernorm.register_forward_hook(lambda m, args, out: kept.update(latent=args[0], normed=out))
-    tokens = calibration_tokens(calibration)[None]
-    cos, sin = (angle[:, :1] for angle in calibration.angles)
-    with torch.no_grad():
-        module.project(tokens, (cos, sin))
-    latent, normed = (kept[name][0].double() for name in ("latent", "normed"))
+    latent = _latents(factors, projected.k.flatten(2), projected.v.flatten(2)).flatten(0, 1).double()
+    normed = latent * torch.rsqrt(latent.square().mean(-1, keepdim=True) + LATENT_EPS)
     return ((latent * normed).sum(0) / normed.square().sum(0).clamp(min=1e-30)).float()

@@ -6,15 +6,20 @@ Rotary pairs of one head are rows j and j + d/2, as in transformers' rotate_half
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from hybridize.conversions.fitting import spread
 from hybridize.conversions.layer import LayerCalibration
 from hybridize.errors import ConfigError
 from hybridize.families import head_dim
 from hybridize.mixers.mla import LatentAttention
+
+# Numbers in the queries that are looked at, tokens times width, such as 4096 of 4096; at least four sequences.
+NUMBERS = 2**24
 
 
 @dataclass(kw_only=True)
@@ -38,6 +43,33 @@ class Heads:
         if name in self.norms:
             out = out * torch.rsqrt(out.pow(2).mean(-1, keepdim=True) + self.eps) * self.norms[name]
         return out
+
+
+class Projected:
+    """What the base's heads make of the calibration's sequences, each projection when it is first asked for."""
+
+    def __init__(self, heads: Heads, calibration: LayerCalibration):
+        count, length, _ = calibration.inputs.shape
+        self.heads, self.angles = heads, calibration.angles
+        self.places = spread(count, max(4, NUMBERS // (length * heads.count * heads.width)))
+        """The sequences that are looked at, [n] int64."""
+        self.inputs = calibration.inputs if len(self.places) == count else calibration.inputs[self.places]
+
+    @cached_property
+    def q(self) -> Tensor:
+        """Before the rotary embedding, [n, T, H, d] fp32; keys and values likewise with G heads."""
+        return self._rows("q")
+
+    @cached_property
+    def k(self) -> Tensor:
+        return self._rows("k")
+
+    @cached_property
+    def v(self) -> Tensor:
+        return self._rows("v")
+
+    def _rows(self, name: str) -> Tensor:
+        return self.heads.rows(name, self.inputs.flatten(0, 1)).unflatten(0, self.inputs.shape[:2])
 
 
 @dataclass(kw_only=True)
@@ -157,6 +189,15 @@ def principal(gram: Tensor) -> tuple[Tensor, Tensor]:
     """Eigenvalues, largest first, and their eigenvectors as columns, signs fixed. fp64."""
     values, vectors = torch.linalg.eigh(gram)
     return values.flip(-1), signed(vectors.flip(-1))
+
+
+def leading(gram: Tensor, count: int) -> Tensor:
+    """The first `count` principal components of [n, n] fp64 as columns, signs fixed, fp64.
+
+    Found in fp32, a third of the time; what is lost of their being orthonormal one Newton step brings back.
+    """
+    found = principal(gram.float())[1][:, :count].double()
+    return found @ (1.5 * torch.eye(found.shape[1], dtype=torch.float64) - 0.5 * found.T @ found)
 
 
 def identity_latent(heads: Heads) -> dict[str, Tensor]:

@@ -5,14 +5,17 @@ few rows, the rest of keys and values is one truncated decomposition of the weig
 (arXiv 2502.14837): each key head keeps rotary pairs of its own. Letters as in mla_parts.py.
 """
 
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from hybridize.conversions.layer import LayerCalibration
 from hybridize.conversions.mla_parts import Heads, Rotary, principal
-from hybridize.mixers.mla import LatentAttention
+from hybridize.errors import ConfigError
+from hybridize.families import head_dim
+from hybridize.mixers.mla import MLA, LatentAttention, strided_pairs
 
 Selection = Literal["2-norm", "high", "low", "uniform"]
 
@@ -54,17 +57,51 @@ def joint_svd(heads: Heads, rank: int, plain: Tensor) -> dict[str, Tensor]:
         plain: as in Rotary, diagonal.
     """
     G, d = heads.groups, heads.width
-    keys, values = (heads.weights[name].float() for name in "kv")
-    if "k" in heads.norms:
-        size = keys.unflatten(0, (G, d)).pow(2).sum((1, 2)) / d
-        keys = keys * (heads.norms["k"].repeat(G) * torch.rsqrt(size).repeat_interleave(d))[:, None]
     kept = torch.cat([plain.diagonal() > 0, torch.ones(G * d, dtype=torch.bool)])
-    rows = torch.cat([keys, values])[kept]
+    rows = _rows(heads.weights["k"], heads.weights["v"], heads.norms.get("k"), d)[kept]
     _, vectors = principal((rows @ rows.T).double())
     basis = torch.zeros(2 * G * d, rank, dtype=torch.float64)
     basis[kept, : vectors.shape[1]] = vectors[:, :rank]
     up_keys, up_values = basis.view(2, G, d, rank)
     return {"down": basis.T, "up_keys": up_keys.repeat_interleave(heads.count // G, dim=0), "up_values": up_values}
+
+
+def joint_spectrum(source: Mapping[str, Tensor], config: Any, rope_dim: int | Literal["full"] | None = None) -> Tensor:
+    """What kv_rank cuts: singular values of the [plain rows of W_k; W_v] that method svd decomposes, largest first.
+
+    X-EcoMLA (arXiv 2503.11132) gives a layer the least rank r with sum(s[:r]^2) at a wanted share of sum(s^2).
+
+    Args:
+        source: an attention's tensors, names without prefix; k_proj.weight, v_proj.weight and k_norm.weight if any are read.
+        config: of the base.
+        rope_dim: as in MLA; its strided frequencies of every key head are left out. More than head_dim but not all has no
+            such layout.
+
+    Returns:
+        [n], fp64, n = the rows that are left: 2 * n_kv * d less n_kv * rope_dim, or n_kv * d at full.
+
+    Raises:
+        ConfigError: a rope_dim that the base's heads do not have.
+    """
+    d, groups = head_dim(config), config.num_key_value_heads
+    _, rope = MLA(rope_dim=rope_dim).sizes(config)
+    if d < rope < groups * d:
+        raise ConfigError(f"rope_dim is {rope}, expected at most head_dim = {d}, or full: method svd has one rotary key")
+    plain = torch.ones(groups, 2, d // 2, dtype=torch.bool)
+    plain[:, :, strided_pairs(d, rope)] = False
+    norm = source["k_norm.weight"] if "k_norm.weight" in source else None
+    rows = _rows(source["k_proj.weight"], source["v_proj.weight"], norm, d, torch.float64)
+    rows = rows[torch.cat([plain.flatten(), torch.ones(groups * d, dtype=torch.bool)])]
+    return torch.linalg.eigvalsh(rows @ rows.T).flip(0).clamp(min=0).sqrt()
+
+
+def _rows(keys: Tensor, values: Tensor, norm: Tensor | None, width: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """[W_k; W_v], [2E, D]; normed keys' rows at the size the norm gives them on inputs without a preferred direction."""
+    keys, values = keys.to(dtype), values.to(dtype)
+    if norm is not None:
+        size = keys.unflatten(0, (-1, width)).pow(2).sum((1, 2)) / width
+        keys = keys * (norm.to(dtype).repeat(len(size)) * torch.rsqrt(size).repeat_interleave(width))[:, None]
+    return torch.cat([keys, values])
 
 
 def choose_pairs(heads: Heads, mixer: LatentAttention, how: Selection, calibration: LayerCalibration | None) -> Tensor:

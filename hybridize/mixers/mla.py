@@ -118,9 +118,8 @@ class LatentAttention(nn.Module):
             self.register_buffer("rope_pairs", self.default_pairs().float())
 
     def default_pairs(self) -> Tensor:
-        """Which of the base's d/2 frequencies each of the R/2 rotary pairs turns at, int64: strided, or repeated."""
-        pairs, known = torch.arange(self.rope // 2), self.width // 2
-        return pairs % known if self.rope >= self.width else pairs * known // (self.rope // 2)
+        """Which of the base's d/2 frequencies each of the R/2 rotary pairs turns at, int64."""
+        return strided_pairs(self.width, self.rope)
 
     def _rotary(self, angles: tuple[Tensor, Tensor]) -> list[Tensor]:
         """cos and sin of the rotary pairs, each [B, T, R]: first halves and second halves of the pairs alike."""
@@ -154,12 +153,15 @@ class LatentAttention(nn.Module):
         else:
             plain, turned = q.split([self.plain, self.rope], dim=-1)
         latent, key = self.kv_a_proj_with_mqa(hidden_states).split([self.rank, self.rope], dim=-1)
+        return plain.transpose(1, 2), *self.rotate(turned.transpose(1, 2), latent, key, angles)
+
+    def rotate(self, turned: Tensor, latent: Tensor, key: Tensor, angles: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """Rotary queries [B, H, T, R] and keys [B, T, R] at their positions, and the latents [B, T, r] between them normed."""
         if hasattr(self, "kv_a_layernorm"):
             latent = self.kv_a_layernorm(latent)
         cos, sin = self._rotary(angles)
-        turned = turned.transpose(1, 2)
         turned = turned * cos[:, None] + _half_turn(turned) * sin[:, None]
-        return plain.transpose(1, 2), turned, latent, key * cos + _half_turn(key) * sin
+        return turned, latent, key * cos + _half_turn(key) * sin
 
     def forward(
         self,
@@ -247,6 +249,12 @@ class LatentAttention(nn.Module):
         weights = F.dropout(scores.softmax(dim=-1), self.dropout, self.training).to(latent.dtype)
         mixed = (weights.flatten(1, 2) @ latent).unflatten(1, (heads, new))
         return torch.einsum("bhtr,hdr->bhtd", mixed, up_values)
+
+
+def strided_pairs(width: int, rope: int) -> Tensor:
+    """R/2 of d/2 frequencies, evenly strided, or all of them over and over, int64."""
+    pairs, known = torch.arange(rope // 2), width // 2
+    return pairs % known if rope >= width else pairs * known // (rope // 2)
 
 
 def _half_turn(pairs: Tensor) -> Tensor:

@@ -7,10 +7,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from hybridize.checkpoint import load_model, open_base
 from hybridize.conversions import convert, plan
 from hybridize.conversions.layer import LayerCalibration, materialised
-from hybridize.conversions.mla_fit import Sample, joint_pca, rotate_keys
-from hybridize.conversions.mla_from_gqa import MLAFromGQA
-from hybridize.conversions.mla_parts import read_heads
-from hybridize.conversions.mla_published import choose_pairs
+from hybridize.conversions.mla_fit import Sample, joint_pca, rotate_keys, transmla
+from hybridize.conversions.mla_from_gqa import MLAFromGQA, context
+from hybridize.conversions.mla_parts import Projected, assemble, leading, principal, read_heads
+from hybridize.conversions.mla_published import choose_pairs, joint_spectrum, joint_svd
 from hybridize.conversions.plan import build_mixer
 from hybridize.errors import ConfigError
 from hybridize.families import FAMILIES
@@ -151,7 +151,7 @@ def test_a_rotation_at_one_frequency_commutes_with_the_rotary_embedding(tmp_path
     assert mixer.full_rope
     mixer.chosen = True
     heads = read_heads(source, mixer, config, calibration)
-    sample = Sample(heads, calibration)
+    sample = Sample(Projected(heads, calibration))
     keys = heads.rows("k", calibration.inputs.flatten(0, 1))
     for weights in (None, sample.weights()):
         errors = [sample.rotary_error(rotate_keys(heads, mixer, keys, fold, weights)) for fold in (1, 2)]
@@ -171,6 +171,78 @@ def test_the_joint_decomposition_is_the_best_of_its_rank(tmp_path):
     up = torch.cat([made["up_keys"][::2].flatten(0, 1) * ratio, made["up_values"].flatten(0, 1)])
     lost = (torch.cat([keys.flatten(1), values.flatten(1)], dim=1).double() @ made["down"].T @ up.T - both).square().sum()
     assert float(lost) == pytest.approx(float(left), rel=1e-5)
+
+
+def test_leading_components_span_what_the_exact_ones_do():
+    rows = torch.randn(90, 30, generator=torch.Generator().manual_seed(0)).double() * torch.linspace(1, 0.2, 30)
+    gram = rows.T @ rows
+    found, exact = leading(gram, 12), principal(gram)[1][:, :12]
+    assert_close(found.T @ found, torch.eye(12).double(), "fp64")
+    assert_close(found @ found.T, exact @ exact.T, "fp32")
+    assert rms_ratio(leading(gram, 11) @ leading(gram, 11).T, exact @ exact.T) > 0.1
+
+
+@pytest.mark.parametrize("options", [{}, {"latent_norm": "rms"}, {"rope_dim": "full"}])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+def test_what_o_proj_reads_by_the_projections_that_are_there(family, options, tmp_path):
+    source, mixer, config, calibration = layer(family, tmp_path, **{"kv_rank": 8, "rope_dim": 8, **options})
+    heads = read_heads(source, mixer, config, calibration)
+    projected = Projected(heads, calibration)
+    factors = transmla(projected, mixer, 1, "output")
+    module = materialised(mixer, assemble(heads, factors, mixer))
+    some = torch.tensor([1, 3])
+    with torch.no_grad():
+        want = module.context(calibration.inputs[some], calibration.angles)
+        assert_close(context(module, factors, projected, some), want, "fp32")
+        factors.rope_query = factors.rope_query.roll(1, dims=0)
+        assert rms_ratio(context(module, factors, projected, some), want) > 0.01
+
+
+@pytest.mark.parametrize("tokens", [2, 48])
+def test_o_proj_is_held_back_where_text_is_short(tokens, tmp_path):
+    """Seeded on few tokens and on many, measured on other text: never worse than the base's own o_proj."""
+    source, mixer, config, calibration = layer("llama", tmp_path, tokens=48, rows=12, kv_rank=8, rope_dim=8)
+    short = LayerCalibration(
+        inputs=calibration.inputs[4:, :tokens], context=calibration.context[4:, :tokens], target=calibration.target[4:, :tokens],
+        angles=tuple(angle[:, :tokens] for angle in calibration.angles),
+    )  # fmt: skip
+    outs = [output(seeded((source, mixer, config, short), out_proj=how)[0], calibration)[:4] for how in ("solved", "kept")]
+    solved, kept = (rms_ratio(out, calibration.target[:4]) for out in outs)
+    assert solved < 1.02 * kept
+
+
+@pytest.mark.parametrize(("family", "rope"), [("llama", None), ("llama", 4), ("qwen3", 4), ("qwen2", "full")])
+def test_the_spectrum_is_what_the_rank_cuts(family, rope, tmp_path):
+    """Against the matrix by its definition: the rows of every head but its strided pairs, keys at their normed size."""
+    source, mixer, config, _ = layer(family, tmp_path, rope_dim=rope, kv_rank=6)
+    found = joint_spectrum(source, config, rope)
+    width = 2 * D if rope == "full" else rope or D
+    gone = {place for pair in range(0, D // 2, D // min(width, D)) for place in (pair, pair + D // 2)}
+    rows = []
+    for head in range(G):
+        block = source["k_proj.weight"][head * D : (head + 1) * D].double()
+        if family == "qwen3":
+            size = (block.square().sum() / D).sqrt()
+            block = block / size * source["k_norm.weight"].double()[:, None]
+        rows += [block[place] for place in range(D) if place not in gone]
+    matrix = torch.stack([*rows, *source["v_proj.weight"].double()])
+    assert_close(found, torch.linalg.svdvals(matrix)[: len(found)], "fp64")
+    assert len(found) == len(matrix)
+    if rope == 4:
+        heads = read_heads(source, mixer, config, None)
+        plain = torch.ones(D).double()
+        plain[sorted(gone)] = 0
+        made = joint_svd(heads, 6, plain.repeat(G).diag())
+        basis = made["down"][:, torch.cat([plain.repeat(G), torch.ones(G * D)]) > 0].T
+        left = (matrix - basis @ basis.T @ matrix).square().sum()
+        assert float(left) == pytest.approx(float(found[6:].square().sum()), rel=1e-5)
+        assert float(left) != pytest.approx(float(found[5:].square().sum()), rel=1e-2)
+
+
+def test_a_spectrum_of_no_layout_is_refused(tmp_path):
+    source, _, config, _ = layer("llama", tmp_path)
+    with pytest.raises(ConfigError, match="rope_dim is 12, expected at most head_dim = 8, or full"):
+        joint_spectrum(source, config, 12)
 
 
 @pytest.mark.parametrize(("how", "pairs"), [("high", [0, 1]), ("low", [2, 3]), ("uniform", [0, 2])])
