@@ -168,10 +168,14 @@ class LatentLayer(DynamicLayer):
     """Latents of keys and values, [B, groups, S, r], and the position of each token, `positions` [B, S] int32.
 
     It grows with every token and can be rolled back like transformers' own. Positions are kept because keys are rebuilt, and
-    rotated, at every step: padding, packing and gaps cannot be told from a token's place in the cache.
+    rotated, at every step: padding, packing and gaps cannot be told from a token's place in the cache. Tokens are counted by
+    them, since latents may have no width at all.
     """
 
     positions: Any = None
+
+    def get_seq_length(self) -> int:
+        return 0 if self.positions is None else self.positions.shape[1]
 
     def extend(self, keys: Tensor, values: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Add new tokens; returns keys, values and positions of all. `positions` is [1, T] or [B, T]."""
@@ -192,7 +196,7 @@ class LatentLayer(DynamicLayer):
     def crop(self, tokens_to_remove: int) -> None:
         super().crop(tokens_to_remove)
         if self.positions is not None:
-            self.positions = self.positions[:, : self.get_seq_length()]
+            self.positions = self.positions[:, : self.held()[0].shape[-2]]
 
     def _select(self, change: Any) -> None:
         if self.positions is not None:

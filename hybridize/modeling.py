@@ -76,14 +76,18 @@ class HybridModelMixin:
         use_cache: bool | None = None,
         **kwargs: Any,
     ) -> Any:
-        """As the family's own; adds `padding_mask` [B, T] and `segment_ids` [B, T] for the mixers (either may be None).
+        """As the family's own; hands the mixers what they need beside it.
 
-        Where some layer reads another one's memory, `memories` goes with them, a place that lives for this pass.
+        Where some layer forgets: `padding_mask` [B, T] and `segment_ids` [B, T], of which either may be None. Where some layer
+        reads another one's memory: `memories`, a place that lives for this pass.
 
         Raises:
             ConfigError: a mask that is not [B, tokens], right padding together with a cache, or a way of checkpointing
                 gradients that would lose those of memories.
         """
+        if self.read_layers:
+            self._check_checkpointing()
+            kwargs["memories"] = Memories(self.read_layers)
         if not self.forgets:
             return super().forward(
                 input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids,
@@ -108,9 +112,6 @@ class HybridModelMixin:
         segment_ids = None
         if position_ids is not None and attention_mask is None and past_key_values is None:
             segment_ids = find_packed_sequence_indices(position_ids.expand(tokens.shape[0], -1))
-        if self.read_layers:
-            self._check_checkpointing()
-            kwargs["memories"] = Memories(self.read_layers)
         return super().forward(
             input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids,
             past_key_values=past_key_values, inputs_embeds=inputs_embeds, use_cache=use_cache,

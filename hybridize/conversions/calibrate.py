@@ -47,7 +47,7 @@ def calibrate(plan: Plan, base: Checkpoint, sequences: Tensor, folder: Path, pro
         ConfigError: token ids that the base's vocabulary does not have.
 
     Memory: one decoder layer in fp32, five activations of N * T * D fp32 numbers, and for each layer that a later one reads
-    its memory, N * T * C of them, from that layer to its last reader.
+    its memory, N * T * C of them, from that layer to its last reader. Two more activations while a conversion looks ahead.
     """
     conversions = [CONVERSIONS.build(layer.conversion) for layer in plan.layers]
     last = max(index for index, conversion in enumerate(conversions) if conversion.calibrated)
@@ -64,12 +64,13 @@ def calibrate(plan: Plan, base: Checkpoint, sequences: Tensor, folder: Path, pro
     angles = family.rotary(config)(teacher[:1], positions)
     student = teacher
     written: dict[int, Path] = {}
-    reads = {index: layer.mixer["reads"] for index, layer in enumerate(plan.layers[: last + 1]) if "reads" in layer.mixer}
+    reads = {layer.index: layer.mixer["reads"] for layer in plan.layers if layer.mixer.get("reads") is not None}
     memories: dict[int, Tensor] = {}
     for index in range(last + 1):
         layer = _decoder_layer(base, index)
         spec, conversion = plan.layers[index].mixer, conversions[index]
-        if index in reads.values():
+        readers = [later for later, below in reads.items() if below == index]
+        if any(later <= last for later in readers):
             memories[index] = torch.empty(*sequences.shape, MIXERS.build(spec).memory_width(config))
         wants = conversion.calibrated
         shared = student is teacher
@@ -83,14 +84,20 @@ def calibrate(plan: Plan, base: Checkpoint, sequences: Tensor, folder: Path, pro
         else:
             # Nothing of the layer is needed while its seed is solved, which has matrices of its own.
             del layer, after
+            path = folder / f"layer-{index:05d}.safetensors"
             mixer = build_mixer(MIXERS.build(spec), config, index)
             memory = memories.get(reads.get(index, -1))
             measured = None
-            if wants:
-                measured = LayerCalibration(inputs=inputs, context=context, target=output, angles=angles, memory=memory)
+            if wants and not path.exists():
+                ahead = ()
+                if hasattr(conversion, "ahead"):
+                    ahead = _look_ahead(base, conversion, mixer, index, readers, inputs, teacher, angles)
+                measured = LayerCalibration(
+                    inputs=inputs, context=context, target=output, angles=angles, memory=memory, ahead=ahead
+                )
             del inputs, context, output, memory
             if wants:
-                written[index] = path = folder / f"layer-{index:05d}.safetensors"
+                written[index] = path
                 if not path.exists():
                     write_bytes(path, save(_convert(plan, base, conversion, mixer, index, measured)))
                 tensors = load_file(path)
@@ -101,19 +108,56 @@ def calibrate(plan: Plan, base: Checkpoint, sequences: Tensor, folder: Path, pro
                 layer = _decoder_layer(base, index)
                 layer.self_attn = materialised(mixer, {name: t.float() for name, t in tensors.items()})
                 student = _run(layer, student, angles, capture=False, memories=memories)[3]
-        for done in set(memories) - {reads[later] for later in reads if later > index}:
+        for done in set(memories) - {below for later, below in reads.items() if index < later <= last}:
             del memories[done]
         if progress is not None:
             progress("calibrate", index + 1, last + 1)
     return written
 
 
-def _convert(plan: Plan, base: Checkpoint, conversion: Any, mixer: Any, index: int, measured: Any) -> dict[str, Tensor]:
+def _look_ahead(
+    base: Checkpoint,
+    conversion: Any,
+    mixer: Any,
+    index: int,
+    readers: list[int],
+    inputs: Tensor,
+    teacher: Tensor,
+    angles: tuple[Tensor, Tensor],
+) -> tuple[Any, ...]:
+    """What a conversion wants to know of the layers that will read the one it makes, from the teacher's own stream there.
+
+    Args:
+        base: the base.
+        conversion: with `ahead`.
+        mixer: of layer `index`, on the meta device.
+        index: the layer that is being made.
+        readers: the layers that read it, upwards.
+        inputs: what the student's layer `index` reads, [N, T, D].
+        teacher: the teacher's stream after layer `index`, [N, T, D].
+        angles: cos and sin, [1, T, d].
+    """
+    found = []
+    for later in range(index + 1, max(readers, default=index) + 1):
+        layer = _decoder_layer(base, later)
+        seen = layer.input_layernorm(teacher) if later in readers else None
+        teacher = teacher if later == readers[-1] else _run(layer, teacher, angles, capture=False)[3]
+        del layer
+        if seen is not None:
+            found.append(conversion.ahead(_source(base, later), mixer, base.config, inputs, seen, angles))
+    return tuple(found)
+
+
+def _source(base: Checkpoint, index: int) -> dict[str, Tensor]:
+    """The tensors of a layer's attention, names without prefix."""
     prefix = f"model.layers.{index}.self_attn."
     names = [name for name in base.tensors if name.startswith(prefix) and name not in base.ignored]
-    source = {name.removeprefix(prefix): base.read(name) for name in names}
+    return {name.removeprefix(prefix): base.read(name) for name in names}
+
+
+def _convert(plan: Plan, base: Checkpoint, conversion: Any, mixer: Any, index: int, measured: Any) -> dict[str, Tensor]:
     generator = layer_generator(plan.seed, index)
-    return convert_layer(conversion, source, mixer, base.config, generator, measured, f"layer {index}")
+    return convert_layer(conversion, _source(base, index), mixer, base.config, generator, measured, f"layer {index}")
 
 
 def _decoder_layer(base: Checkpoint, index: int) -> Any:

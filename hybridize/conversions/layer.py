@@ -85,6 +85,8 @@ class LayerCalibration:
     """cos and sin of the base's rotary embedding, [1, T, P]."""
     memory: Tensor | None = None
     """What the student's layer that this one reads left, [N, T, C]; None where the mixer reads none."""
+    ahead: tuple[Any, ...] = ()
+    """What the conversion's `ahead` made of each layer that reads this one, in order; none where it has no such method."""
 
 
 def layer_generator(seed: int, index: int) -> torch.Generator:

@@ -9,6 +9,7 @@ queries that read them, and o_proj is a ridge regression onto what the residual 
 Heads are paired as the base pairs them: query head h reads key and value head h // (n_q / n_kv).
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from hybridize.conversions.layer import LayerCalibration, materialised
 from hybridize.errors import ConfigError
-from hybridize.mixers.low_rank_kv import LowRankAttention, rotated
+from hybridize.mixers.low_rank_kv import LatentAttention, LowRankAttention, rotated
 
 # Of the mean diagonal, added where text or queries say nothing.
 INPUT_DAMPING = 1e-6
@@ -66,7 +67,7 @@ class LowRankFromGQA:
         inputs = None if calibration is None or self.method == "svd" else _second_moment(calibration.inputs)
         metrics: list[Tensor | None] = [None] * mixer.groups
         if self.method == "calibrated" and calibration is not None and mixer.rank < width:
-            reads = query_metric(source, mixer, config, calibration)
+            reads = query_metric(source, mixer, config, calibration.inputs, calibration.angles)
             metrics = [torch.block_diag(*part) for part in reads.chunk(mixer.groups)]
         keys, values = (source[f"{name}_proj.weight"].double().split(width) for name in ("k", "v"))
         key_parts = [factor(w, inputs, metric, mixer.rank) for w, metric in zip(keys, metrics, strict=True)]
@@ -114,7 +115,8 @@ def refit(module: Any, prior: Tensor, bias: Tensor | None, calibration: LayerCal
     o_proj reads H * r numbers, often about as many as there are tokens of text, so that a fixed damping fits their noise.
 
     Args:
-        module: the mixer with its other tensors in place.
+        module: the mixer with its other tensors in place; its `context(inputs, angles)`, with the memory after them where it
+            reads one, is what o_proj reads.
         prior: the weight to stay near, and to keep where no damping does better on the sequences held out, [D, H * r].
         bias: of the projection, which stays, or None.
         calibration: of this layer.
@@ -128,7 +130,8 @@ def refit(module: Any, prior: Tensor, bias: Tensor | None, calibration: LayerCal
     lacks = torch.zeros(2, inner, prior.shape[0], dtype=torch.float64)
     with torch.no_grad():
         for place in range(len(calibration.inputs)):
-            rows = module.context(calibration.inputs[place : place + 1], calibration.angles)[0]
+            memory = () if calibration.memory is None else (calibration.memory[place : place + 1],)
+            rows = module.context(calibration.inputs[place : place + 1], calibration.angles, *memory)[0]
             lack = calibration.target[place] - torch.nn.functional.linear(rows, prior, bias)
             part = int(place % 4 == 3)
             grams[part] += (rows.T @ rows).double()
@@ -187,21 +190,30 @@ def _second_moment(inputs: Tensor) -> Tensor:
     return total / inputs[..., 0].numel()
 
 
-def query_metric(source: dict[str, Tensor], mixer: LowRankAttention, config: Any, calibration: LayerCalibration) -> Tensor:
+def query_metric(
+    source: Mapping[str, Tensor], mixer: LatentAttention, config: Any, inputs: Tensor, angles: tuple[Tensor, Tensor]
+) -> Tensor:
     """What an error in each key head costs in attention scores, [G, d, d], fp64.
 
     A score moves by q~_t . R_s e when the key of token s, before its rotary embedding R_s, is off by e; it matters as much as
     softmax responds, p (1 - p). Hence M = E_s[R_s^T (sum_t p_ts (1 - p_ts) q~_t q~_t^T) R_s], over the query heads of the key
     head. A k-norm enters by its weight and by the size it takes away.
+
+    Args:
+        source: the attention's tensors.
+        mixer: any mixer over latents; only its sizes are read.
+        config: of the base.
+        inputs: what the attention reads, [N, T, D]; the first sequences are used.
+        angles: cos and sin, [1, T, d].
     """
     heads, kv_heads, width = mixer.num_heads, mixer.kv_heads, mixer.width
-    cos, sin = calibration.angles
+    cos, sin = angles
     back = (cos, -sin)
     total = torch.zeros(kv_heads, width, width, dtype=torch.float64)
-    for rows in calibration.inputs[:QUERY_SEQUENCES, None]:
+    for rows in inputs[:QUERY_SEQUENCES, None]:
         q, _ = _projected(source, "q", rows, heads, config.rms_norm_eps)
         k, shrink = _projected(source, "k", rows, kv_heads, config.rms_norm_eps)
-        q, k = rotated(q, calibration.angles)[0], rotated(k, calibration.angles)[0]
+        q, k = rotated(q, angles)[0], rotated(k, angles)[0]
         hidden = torch.ones(q.shape[1], q.shape[1], dtype=torch.bool).triu(1)
         for head in range(heads):
             group = head // (heads // kv_heads)
@@ -219,7 +231,7 @@ def query_metric(source: dict[str, Tensor], mixer: LowRankAttention, config: Any
     return (total + total.transpose(1, 2)) / 2
 
 
-def _projected(source: dict[str, Tensor], name: str, rows: Tensor, heads: int, eps: float) -> tuple[Tensor, Tensor]:
+def _projected(source: Mapping[str, Tensor], name: str, rows: Tensor, heads: int, eps: float) -> tuple[Tensor, Tensor]:
     """Queries or keys of [1, T, D] before their rotary embedding, [1, heads, T, d], and what a norm multiplied them by."""
     out = rows @ source[f"{name}_proj.weight"].float().T
     if f"{name}_proj.bias" in source:

@@ -15,6 +15,7 @@ NO_CLASS = {
     "gla": "no native class has gated linear attention beside a softmax window",
     "lolcats": "no native class has a softmax window and feature maps under one normaliser",
     "low_rank_kv": "no class of transformers keeps low-rank keys from before the rotary embedding",
+    "xkv": "no class of transformers shares one layer's latents of keys and values with others",
     "mla": "no native class mixes latent attention with another kind",
     "kda": "the native classes with Kimi delta attention have latent attention beside it, not the base's",
 }

@@ -12,7 +12,7 @@ from hybridize.core import LayerPlan, Plan
 from hybridize.errors import ConfigError
 from hybridize.families import FAMILIES
 from hybridize.mixers import MIXERS
-from hybridize.mixers.memory import check_reads, nearest_memory
+from hybridize.mixers.memory import check_reads
 from hybridize.registry import make, suggest
 
 STATE_TOKENS = (1024, 4096, 8192, 32768, 131072)
@@ -148,25 +148,21 @@ def _from_parts(parts: Any, count: int) -> list[dict[str, Any]]:
     return specs
 
 
-def _with_reads(spec: Any, below: list[Any]) -> Any:
-    """A layer's spec; where its mixer reads a layer and none is named, with the nearest below it that has a memory.
+def _settled(spec: Any, below: list[Any], above: list[Any]) -> Any:
+    """A layer's spec; where its mixer reads a layer and none is named, with the one that the mixer chooses.
 
     Args:
         spec: as the recipe gives it, perhaps malformed.
         below: options of the mixers of the layers below.
+        above: specs of the layers above.
     """
     name = spec.get("name") if isinstance(spec, dict) else None
-    if name not in MIXERS.entries or "reads" in spec:
+    if name not in MIXERS.entries or "reads" in spec or not hasattr(mixer := MIXERS.load(name), "settle"):
         return spec
-    if "reads" not in {field.name for field in dataclasses.fields(MIXERS.load(name))}:
-        return spec
-    nearest = nearest_memory(below)
-    if nearest is None:
-        raise ConfigError(
-            f"plan: layer {len(below)}: mixer {name!r} reads the memory of a layer below it, and none of these has one. "
-            "Put a recurrent mixer such as mamba2 there"
-        )
-    return {**spec, "reads": nearest}
+    try:
+        return mixer.settle(spec, below, above)
+    except ConfigError as error:
+        raise ConfigError(f"plan: layer {len(below)}: mixer {name!r} {error}") from error
 
 
 def split_options(spec: Any, where: str) -> tuple[Any, Any]:
@@ -230,8 +226,9 @@ def plan(base: Described, section: dict[str, Any], recipe_name: str, seed: int, 
     config = base.config
     layers, mixers, growth = [], [], 0.0
     kept = MIXERS.build({"name": "attention"})
-    for index, spec in enumerate(layer_specs(section, config.num_hidden_layers)):
-        mixer, conversion = split_options(_with_reads(spec, mixers), f"plan: layer {index}")
+    specs = layer_specs(section, config.num_hidden_layers)
+    for index, spec in enumerate(specs):
+        mixer, conversion = split_options(_settled(spec, mixers, specs[index + 1 :]), f"plan: layer {index}")
         mixers.append(mixer)
         try:
             module = build_mixer(mixer, config, index)

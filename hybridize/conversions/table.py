@@ -17,6 +17,7 @@ CONVERSIONS = Registry(
         "kda": "hybridize.conversions.gdn_from_gqa:GDNFromGQA",
         "gla": "hybridize.conversions.gla_from_attention:GLAFromAttention",
         "lolcats": "hybridize.conversions.lolcats_from_attention:LoLCATsFromAttention",
+        "xkv": "hybridize.conversions.xkv_from_gqa:XKVFromGQA",
         "gmu": "hybridize.conversions.gmu_from_gqa:GMUFromGQA",
         "mla": "hybridize.conversions.mla_from_gqa:MLAFromGQA",
     },

@@ -17,6 +17,7 @@ MIXERS = Registry(
         "kda": "hybridize.mixers.kda:KDA",
         "gla": "hybridize.mixers.gla:GLA",
         "lolcats": "hybridize.mixers.lolcats:LoLCATs",
+        "xkv": "hybridize.mixers.xkv:XKV",
         "gmu": "hybridize.mixers.gmu:GMU",
         "mla": "hybridize.mixers.mla:MLA",
     },

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from hybridize.cache import StatelessLayer, own_layer
 from hybridize.errors import ConfigError
 from hybridize.families import family_of, head_dim
-from hybridize.mixers.memory import Memories
+from hybridize.mixers.memory import Memories, left_by
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,10 +33,25 @@ class GMU:
 
     # What it reads cannot be rolled back.
     forgets = True
+    takes = "mixture"
 
     def __post_init__(self) -> None:
         if self.reads < 0:
             raise ConfigError(f"reads is {self.reads}, expected the index of a layer, from 0")
+
+    @staticmethod
+    def settle(spec: dict[str, Any], below: list[Any], above: list[Any]) -> dict[str, Any]:
+        """A layer's spec as a plan gives it, without `reads`, with the nearest layer below that it can read.
+
+        Raises:
+            ConfigError: there is none.
+        """
+        nearest = next((index for index in reversed(range(len(below))) if left_by(below[index]) == GMU.takes), None)
+        if nearest is None:
+            raise ConfigError(
+                "reads the memory of a layer below it, and none of these has one. Put a recurrent mixer such as mamba2 there"
+            )
+        return {**spec, "reads": nearest}
 
     def build(self, config: Any, layer_idx: int) -> nn.Module:
         return GatedMemoryUnit(config, layer_idx, self)

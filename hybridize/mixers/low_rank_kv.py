@@ -104,32 +104,114 @@ class GroupedUp(nn.Module):
         return keys if self.bias is None else keys + self.bias.view(self.weight.shape[0], 1, -1)
 
 
-class LowRankAttention(nn.Module):
+class LatentAttention(nn.Module):
+    """What mixers over latents share: the base's queries, keys rotated at their own positions, the mask, the cache entry.
+
+    Parameters: q_proj as in the base, q_norm and k_norm where it has them.
+    """
+
+    q_proj: nn.Linear
+
+    def __init__(self, config: Any, layer_idx: int):
+        super().__init__()
+        family = family_of(config)
+        self.config, self.layer_idx = config, layer_idx
+        self.width, self.num_heads, self.kv_heads = head_dim(config), config.num_attention_heads, config.num_key_value_heads
+        self.dropout = float(config.attention_dropout)
+        for name, child in family.attention(config, layer_idx).named_children():
+            if name in ("q_proj", "q_norm", "k_norm"):
+                self.add_module(name, child)
+        # Made on first use and no submodule: it has no weights, and must be neither cast nor left on the meta device.
+        self._rotary: list[Any] = []
+
+    def _queries(self, hidden_states: Tensor) -> Tensor:
+        """[B, H, T, d], normed where the base does, before their rotary embedding."""
+        return self._norm("q_norm", self.q_proj(hidden_states).unflatten(-1, (self.num_heads, self.width))).transpose(1, 2)
+
+    def _extended(
+        self, cache: Any, keys: Tensor, values: Tensor, angles: tuple[Tensor, Tensor], positions: Tensor | None, like: Tensor
+    ) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+        """Latents of all tokens, [B, C, S, r] each, and the angles of the queries and of all keys.
+
+        Args:
+            cache: a DynamicCache or None; this layer's entry is a LatentLayer.
+            keys: latents of the new tokens, [B, C, T, r].
+            values: theirs, [B, C, T, r'].
+            angles: cos and sin of the new tokens, [B, T, d].
+            positions: of the new tokens, [B, T] or [1, T]; needed with a cache.
+            like: a tensor of the model's dtype and device.
+        """
+        if cache is None:
+            return keys, values, angles, angles
+        if positions is None:
+            raise ConfigError(f"layer {self.layer_idx} got a cache and no position_ids; call the model, or hand the positions on")
+        new = keys.shape[2]
+        keys, values, places = own_layer(cache, self.layer_idx, LatentLayer).extend(keys, values, positions)
+        if places.shape[1] == new:
+            return keys, values, angles, angles
+        # Queries take theirs from the same place, so that both are rotated alike whatever the model was cast to.
+        cos, sin = self._angles(like, places)
+        return keys, values, (cos[:, -new:], sin[:, -new:]), (cos, sin)
+
+    def _norm(self, name: str, heads: Tensor) -> Tensor:
+        return getattr(self, name)(heads) if hasattr(self, name) else heads
+
+    def _angles(self, like: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """cos and sin [B, S, d] of all tokens, by the family's own rotary embedding and its scaling."""
+        if not self._rotary:
+            with torch.device(like.device):
+                self._rotary.append(family_of(self.config).rotary(self.config))
+        return self._rotary[0].to(like.device)(like, positions)
+
+    def _mask(self, mask: Any, new: int, total: int, q: Tensor) -> Tensor | None:
+        """The mask for scaled_dot_product_attention; None is causal over equal lengths, or one token that sees all."""
+        if mask is None:
+            if new in (1, total):
+                return None
+            return torch.ones(new, total, dtype=torch.bool, device=q.device).tril(total - new)
+        if not isinstance(mask, Tensor) or mask.dim() != 4:
+            raise ConfigError(
+                f"attention over latents got a {type(mask).__name__} as mask, expected one of four dimensions. "
+                "Load with attn_implementation='sdpa'"
+            )
+        return mask[..., :total]
+
+    def _attend(self, q: Tensor, k: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
+        """[B, H, T, r] of values [B, C, S, r] by scaled_dot_product_attention, each group's repeated for its heads."""
+        if values.shape[1] != self.kv_heads:
+            values = values.repeat_interleave(self.kv_heads // values.shape[1], dim=1)
+        return F.scaled_dot_product_attention(
+            q, k, values, attn_mask=mask, dropout_p=self.dropout if self.training else 0.0,
+            is_causal=mask is None and q.shape[2] > 1, scale=self.width**-0.5, enable_gqa=True,
+        )  # fmt: skip
+
+    def _attend_one(self, q: Tensor, k: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
+        """[B, H, 1, r] for one new token: each group's latents are read once for all its heads, and never copied."""
+        grouped = q.view(q.shape[0], self.kv_heads, -1, self.width) * self.width**-0.5
+        scores = (grouped @ k.transpose(2, 3)).view(q.shape[0], self.num_heads, 1, -1).float()
+        if mask is not None:
+            # A finite floor: a row that sees nothing (padding) becomes an average instead of not-a-number.
+            scores = scores.masked_fill(~mask, torch.finfo(torch.float32).min) if mask.dtype == torch.bool else scores + mask
+        weights = scores.softmax(dim=-1).to(values.dtype)
+        return (weights.view(q.shape[0], values.shape[1], -1, scores.shape[-1]) @ values).view(*q.shape[:3], -1)
+
+
+class LowRankAttention(LatentAttention):
     """The module that stands where `self_attn` was.
 
     Parameters: q_proj and o_proj's bias as in the base (a value bias goes into it, since attention weights sum to one), q_norm
     and k_norm where it has them; k_down [C r, D], k_up, v_down [C r, D]; o_proj [D, H r], head by head.
     """
 
-    q_proj: nn.Linear
-
     def __init__(self, config: Any, layer_idx: int, heads_per_group: int, rank: int, v_rank: int):
-        super().__init__()
+        super().__init__(config, layer_idx)
         family = family_of(config)
-        self.config, self.layer_idx = config, layer_idx
-        self.width, self.num_heads, self.kv_heads = head_dim(config), config.num_attention_heads, config.num_key_value_heads
         self.groups, self.rank, self.v_rank = self.kv_heads // heads_per_group, rank, v_rank
-        self.dropout = float(config.attention_dropout)
         biased = family.has_qkv_bias(config)
-        for name, child in family.attention(config, layer_idx).named_children():
-            if name in ("q_proj", "q_norm", "k_norm"):
-                self.add_module(name, child)
         self.k_down = nn.Linear(config.hidden_size, self.groups * rank, bias=False)
         self.k_up = GroupedUp(self.groups, heads_per_group * self.width, rank, biased)
         self.v_down = nn.Linear(config.hidden_size, self.groups * v_rank, bias=False)
         self.o_proj = nn.Linear(self.num_heads * v_rank, config.hidden_size, bias=biased or family.has_out_bias(config))
-        # Made on first use and no submodule: it has no weights, and must be neither cast nor left on the meta device.
-        self._rotary: list[Any] = []
 
     def forward(
         self,
@@ -168,65 +250,16 @@ class LowRankAttention(nn.Module):
     ) -> Tensor:
         """What o_proj reads: each head's mixture of value latents, [B, T, H * r]. Arguments as in `forward`."""
         batch, new, _ = hidden_states.shape
-        q = self._norm("q_norm", self.q_proj(hidden_states).view(batch, new, self.num_heads, self.width)).transpose(1, 2)
         latents = self.k_down(hidden_states).view(batch, new, self.groups, self.rank).transpose(1, 2)
         values = self.v_down(hidden_states).view(batch, new, self.groups, self.v_rank).transpose(1, 2)
-        q_angles = k_angles = position_embeddings
-        if past_key_values is not None:
-            if position_ids is None:
-                raise ConfigError("low_rank_kv got a cache and no position_ids; call the model, or hand the positions on")
-            entry = own_layer(past_key_values, self.layer_idx, LatentLayer)
-            latents, values, positions = entry.extend(latents, values, position_ids)
-            if latents.shape[2] > new:
-                # Queries take theirs from the same place, so that both are rotated alike whatever the model was cast to.
-                k_angles = self._angles(hidden_states, positions)
-                q_angles = (k_angles[0][:, -new:], k_angles[1][:, -new:])
+        latents, values, q_angles, k_angles = self._extended(
+            past_key_values, latents, values, position_embeddings, position_ids, hidden_states
+        )
         k = self.k_up(latents).unflatten(-1, (-1, self.width)).transpose(2, 3).flatten(1, 2)
-        q, k = rotated(q, q_angles), rotated(self._norm("k_norm", k), k_angles)
+        q, k = rotated(self._queries(hidden_states), q_angles), rotated(self._norm("k_norm", k), k_angles)
         mask = self._mask(attention_mask, new, k.shape[2], q)
         attend = self._attend_one if new == 1 and not self.training else self._attend
         return attend(q, k, values, mask).transpose(1, 2).reshape(batch, new, -1)
-
-    def _norm(self, name: str, heads: Tensor) -> Tensor:
-        return getattr(self, name)(heads) if hasattr(self, name) else heads
-
-    def _angles(self, like: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """cos and sin [B, S, d] of all tokens, by the family's own rotary embedding and its scaling."""
-        if not self._rotary:
-            with torch.device(like.device):
-                self._rotary.append(family_of(self.config).rotary(self.config))
-        return self._rotary[0].to(like.device)(like, positions)
-
-    def _mask(self, mask: Any, new: int, total: int, q: Tensor) -> Tensor | None:
-        """The mask for scaled_dot_product_attention; None is causal over equal lengths, or one token that sees all."""
-        if mask is None:
-            if new in (1, total):
-                return None
-            return torch.ones(new, total, dtype=torch.bool, device=q.device).tril(total - new)
-        if not isinstance(mask, Tensor) or mask.dim() != 4:
-            raise ConfigError(
-                f"low_rank_kv got a {type(mask).__name__} as mask, expected one of four dimensions. "
-                "Load with attn_implementation='sdpa'"
-            )
-        return mask[..., :total]
-
-    def _attend(self, q: Tensor, k: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
-        """[B, H, T, r] by scaled_dot_product_attention, each group's latents repeated for its heads."""
-        values = values.repeat_interleave(self.kv_heads // self.groups, dim=1)
-        return F.scaled_dot_product_attention(
-            q, k, values, attn_mask=mask, dropout_p=self.dropout if self.training else 0.0,
-            is_causal=mask is None and q.shape[2] > 1, scale=self.width**-0.5, enable_gqa=True,
-        )  # fmt: skip
-
-    def _attend_one(self, q: Tensor, k: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
-        """[B, H, 1, r] for one new token: each group's latents are read once for all its heads, and never copied."""
-        grouped = q.view(q.shape[0], self.kv_heads, -1, self.width) * self.width**-0.5
-        scores = (grouped @ k.transpose(2, 3)).view(q.shape[0], self.num_heads, 1, -1).float()
-        if mask is not None:
-            # A finite floor: a row that sees nothing (padding) becomes an average instead of not-a-number.
-            scores = scores.masked_fill(~mask, torch.finfo(torch.float32).min) if mask.dtype == torch.bool else scores + mask
-        weights = scores.softmax(dim=-1).to(values.dtype)
-        return (weights.view(q.shape[0], self.groups, -1, scores.shape[-1]) @ values).view(*q.shape[:3], self.v_rank)
 
 
 def rotated(heads: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:

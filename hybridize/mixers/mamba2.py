@@ -50,6 +50,7 @@ class Mamba2:
     """Of the gated norm; None is the base's rms_norm_eps, as the native class has it."""
 
     forgets = True
+    leaves = "mixture"
 
     def __post_init__(self) -> None:
         if not 1 <= self.conv_tokens <= 16:

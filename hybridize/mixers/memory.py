@@ -1,8 +1,10 @@
 """What one layer hands to layers above it, for the tokens of one forward pass.
 
-A mixer whose options have `memory_width(config)` can be read: called with a `Memories` that asks for its layer, it leaves
-its memory there, [B, T, memory_width]. A mixer whose options have `reads`, the index of a layer below it, takes that
-layer's memory. Both sides see the new tokens only, so nothing of it belongs in a cache.
+A mixer whose options have `leaves`, the kind of its memory, and `memory_width(config)` can be read: called with a `Memories`
+that asks for its layer, it leaves its memory there, [B, T, memory_width], or all S tokens where it caches them anyway. A mixer
+whose options have `reads`, the index of a layer below it (None where it reads none), takes that layer's memory; it must be of
+the kind `takes`, `width(config)` wide, and pass `check_read(options)` where the reader has one. A plan that leaves `reads` out
+has it from the reader's `settle`. Nothing of this is cached a second time.
 """
 
 from collections.abc import Iterable
@@ -54,16 +56,16 @@ def read_layers(options: list[Any]) -> set[int]:
     Args:
         options: the options object of each layer.
     """
-    return {own.reads for own in options if hasattr(own, "reads")}
+    return {own.reads for own in options if getattr(own, "reads", None) is not None}
 
 
-def nearest_memory(options: list[Any]) -> int | None:
-    """Index of the last of these layers that has a memory; None where none has."""
-    return next((index for index in reversed(range(len(options))) if hasattr(options[index], "memory_width")), None)
+def left_by(options: Any) -> str | None:
+    """The kind of memory that a layer with these options leaves; None for none, as with a layer that reads another."""
+    return None if getattr(options, "reads", None) is not None else getattr(options, "leaves", None)
 
 
 def check_reads(names: list[str], options: list[Any], config: Any) -> None:
-    """Check that every layer that is read exists, lies below its reader, and has a memory of the reader's width.
+    """Check that every layer that is read exists, lies below its reader, and has a memory of the reader's kind and width.
 
     Args:
         names: the mixer's name of each layer.
@@ -74,15 +76,22 @@ def check_reads(names: list[str], options: list[Any], config: Any) -> None:
         ConfigError: it does not; the message names both layers.
     """
     for index, own in enumerate(options):
-        if not hasattr(own, "reads"):
+        reads = getattr(own, "reads", None)
+        if reads is None:
             continue
-        where, reads = f"layer {index}: mixer {names[index]!r} reads layer {own.reads}", own.reads
+        where = f"layer {index}: mixer {names[index]!r} reads layer {reads}"
         if not 0 <= reads < len(options):
             raise ConfigError(f"{where}, which is out of range: the base has {len(options)} layers, 0 to {len(options) - 1}")
         if reads >= index:
             raise ConfigError(f"{where}, expected a layer below it: a memory is handed upwards")
-        if not hasattr(options[reads], "memory_width"):
-            known = ", ".join(name for name in MIXERS.names() if hasattr(MIXERS.load(name), "memory_width"))
-            raise ConfigError(f"{where}, which is {names[reads]!r} and has no memory to read, expected one of: {known}")
+        if (left := left_by(options[reads])) != own.takes:
+            known = ", ".join(name for name in MIXERS.names() if getattr(MIXERS.load(name), "leaves", None) == own.takes)
+            kind = "has no memory to read" if left is None else f"leaves its {left}"
+            raise ConfigError(f"{where}, which is {names[reads]!r} and {kind}, expected the {own.takes} of one of: {known}")
+        if hasattr(own, "check_read"):
+            try:
+                own.check_read(options[reads])
+            except ConfigError as error:
+                raise ConfigError(f"{where}, {error}") from error
         if (found := options[reads].memory_width(config)) != (width := own.width(config)):
             raise ConfigError(f"{where}, whose memory is {found} wide, expected {width}; choose options that make it so")

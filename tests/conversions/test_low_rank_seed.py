@@ -130,7 +130,7 @@ def test_query_metric_by_definition(family, tmp_path):
         inputs=calibration.inputs[:1, :9] / 30, context=calibration.context[:1, :9], target=calibration.target[:1, :9],
         angles=tuple(angle[:, :9] for angle in calibration.angles),
     )  # fmt: skip
-    found = query_metric(source, mixer, base.config, calibration)
+    found = query_metric(source, mixer, base.config, calibration.inputs, calibration.angles)
     s = {name: tensor.double() for name, tensor in source.items()}
     x = calibration.inputs[0].double()
     frequencies = 10000.0 ** (-torch.arange(0, 8, 2, dtype=torch.float64) / 8)

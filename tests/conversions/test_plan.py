@@ -153,6 +153,30 @@ def test_readers_that_are_refused(bases, layers, says):
     assert "\n" not in str(caught.value)
 
 
+def test_a_plan_forms_groups_of_adjacent_layers_from_the_bottom_up(tmp_path):
+    """(reads, group_layers) of each xkv layer: groups that are full, cut short by another mixer, by the top, or by options."""
+    base = open_base(tiny_base("llama", tmp_path, num_hidden_layers=9))
+    xkv, other = {"name": "xkv"}, {"name": "xkv", "rank": 5}
+
+    def groups(layers, default="xkv"):
+        mixers = [layer.mixer for layer in plan(base, {"layers": {**layers, "default": default}}, "test", 0).layers]
+        return [(spec["reads"], spec["group_layers"]) if spec["name"] == "xkv" else spec["name"] for spec in mixers]
+
+    four = [(None, 4), *[(0, 4)] * 3]
+    assert groups({}) == [*four, (None, 4), *[(4, 4)] * 3, (None, 1)]
+    assert groups({}, {"name": "xkv", "group_layers": 9}) == [(None, 9), *[(0, 9)] * 8]
+    assert groups({}, {"name": "xkv", "group_layers": 1}) == [(None, 1)] * 9
+    assert groups({2: "attention"})[:4] == [(None, 2), (0, 2), "attention", (None, 4)]
+    assert groups({1: other, 2: other})[:4] == [(None, 1), (None, 2), (1, 2), (None, 4)]
+    # Other conversions make other groups too; what is named stays.
+    assert groups({0: {**xkv, "method": "xkv"}})[:3] == [(None, 1), (None, 4), (1, 4)]
+    named = {0: {**xkv, "reads": None, "group_layers": 3}, 1: "attention", 4: {**xkv, "reads": 0, "group_layers": 3}}
+    assert groups(named, "attention") == [(None, 3), "attention", "attention", "attention", (0, 3), *["attention"] * 4]
+    # A named owner that another mixer follows is joined by nobody.
+    assert groups({0: {**xkv, "reads": None}, 1: "attention"})[2:4] == [(None, 4), (2, 4)]
+    assert groups({0: {**xkv, "reads": None}})[1:5] == [(0, 4), (0, 4), (0, 4), (None, 4)]
+
+
 def test_layers_by_number_or_by_text(bases):
     section = {"layers": {0: WINDOW, "2": MAMBA, "default": {"name": "attention"}}}
     names = [layer.mixer["name"] for layer in plan(bases["llama"], section, "test", 0).layers]

@@ -19,11 +19,12 @@ SMALL = {
     "gla": {"window_tokens": 5},
     "lolcats": {"window_tokens": 5},
     "gmu": {"reads": 0},
+    "xkv": {"reads": 0, "group_layers": 2},
     "parallel": {"sink_tokens": 2, "window_tokens": 5},
     "nha": {"slots": 3, "sink_tokens": 1, "window_tokens": 5},
 }
 # What a mixer that reads another layer needs in layer 0.
-BELOW = {"gmu": {"name": "mamba2"}}
+BELOW = {"gmu": {"name": "mamba2"}, "xkv": {"name": "xkv", "group_layers": 2}}
 CASES = [(family, name) for family in FAMILIES for name in MIXERS.names()]
 ATOL = 2e-5
 
