@@ -1,9 +1,11 @@
-"""Perplexity before any training: each mixer and seeding in a share of a real model's layers.
+r"""Perplexity before any training: each mixer and seeding in a share of a real model's layers.
 
 Layers are spread evenly over the depth (half of five layers: 1 and 3). Rows of the model's context, at most 256 tokens.
 
     python bench/seeds.py demo --mixer '{name: mamba2, method: calibrated}' --mixer '{name: mamba2, method: mimetic}'
     python bench/seeds.py DIR --data train.txt --held-out dev.txt --shares 0.5,1 --json seeds.json
+    python bench/seeds.py DIR --data train.txt --held-out dev.txt --scores scores.json \
+        --mixer '{name: low_rank_kv, rank: {fisher: 0.25}}'
 """
 
 import argparse
@@ -20,6 +22,7 @@ from transformers.utils import logging  # noqa: E402
 
 from hybridize.checkpoint import open_base  # noqa: E402
 from hybridize.conversions import convert, plan  # noqa: E402
+from hybridize.core import Scores  # noqa: E402
 from hybridize.demo.stdlib_text import write_demo_text  # noqa: E402
 from hybridize.eval import evaluate  # noqa: E402
 from hybridize.hub import DEMO, resolve_base  # noqa: E402
@@ -42,6 +45,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--held-out", help="text to measure on")
     parser.add_argument("--mixer", action="append", help="a plan's mixer in YAML; may be given several times")
     parser.add_argument("--shares", default="0.25,0.5,1", help="shares of the layers to convert, with commas between")
+    parser.add_argument("--scores", type=Path, help="layer scores of the base, for ranks that follow them")
     parser.add_argument("--tokens", type=int, default=24_576, help="held-out tokens to measure on")
     parser.add_argument("--json", type=Path, help="write the figures here")
     return parser.parse_args()
@@ -73,10 +77,13 @@ def measure(name: str, options: argparse.Namespace, work: Path) -> dict[str, Any
         for layers in choices:
             section = {"keep": {"layers": sorted(set(range(count)) - set(layers))}, "mixer": yaml.safe_load(mixer)}
             out = work / f"{len(list(work.iterdir()))}"
-            convert(plan(base, section, "seeds", 0), out, rows)
+            made = plan(base, section, "seeds", 0, None if options.scores is None else Scores.read(options.scores))
+            convert(made, out, rows)
             value = perplexity(out, test, options.tokens, context)
             found.setdefault(mixer, {})[",".join(map(str, layers))] = value
-            print(f"{name}: {mixer} at layers {layers}: {value:.4g} (base {found['base']:.4g})", flush=True)
+            print(
+                f"{name}: {mixer} at layers {layers}: {value:.4g} (base {found['base']:.4g}), KV {made.kv_share:.2%}", flush=True
+            )
     return found
 
 

@@ -1,8 +1,9 @@
-"""The nouns that cross folder borders: Plan, Report, Verdict. Frozen, JSON in and out, nothing else."""
+"""The nouns that cross folder borders: Scores, Plan, Report, Verdict. Frozen, JSON in and out, nothing else."""
 
 import dataclasses
 import hashlib
 import json
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,102 @@ def _from(cls: type, data: Any, where: str) -> Any:
         return cls(**data)
     except TypeError as error:
         raise CheckpointError(f"{where}: {error}") from error
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerScore:
+    """What one metric found for one layer, and for one candidate in its place where the metric is about that."""
+
+    layer: int
+    candidate: dict[str, Any] | None
+    """{"name": mixer, **the options that the score depends on}; None where it is about the base's own layer."""
+    values: dict[str, float | list[float]]
+    """By part: a number, or a curve that the metric's file explains."""
+    stderr: dict[str, float] = field(default_factory=dict)
+    """Standard errors of the numbers that are estimates."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoreTable:
+    """One metric over the layers."""
+
+    metric: dict[str, Any]
+    """{"name": ..., **every option}."""
+    text: str | None
+    """Hash of tokenizer and text where text was used."""
+    rows: tuple[LayerScore, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scores:
+    """Layer scores of a base: what `plan` may know of weights and text, without reading either."""
+
+    base: str
+    """Local path of the base checkpoint, as given."""
+    base_hash: str
+    """sha256 of the base's config.json."""
+    tables: tuple[ScoreTable, ...]
+    version: int = 1
+    """Of this document's form."""
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    def table(self, metric: str) -> ScoreTable | None:
+        """The table of a metric, None where there is none."""
+        return next((table for table in self.tables if table.metric["name"] == metric), None)
+
+    @staticmethod
+    def from_dict(data: Any, where: str = "scores") -> "Scores":
+        if not isinstance(data, dict) or not isinstance(data.get("tables"), (list, tuple)):
+            raise CheckpointError(f"{where}: got no tables, expected scores written by `hybridize score`")
+        if type(data.get("version")) is not int or data["version"] != Scores.version:
+            raise CheckpointError(f"{where}: version is {data.get('version')!r}, expected {Scores.version}. Score again")
+        tables = tuple(_score_table(table, f"{where}: tables.{i}") for i, table in enumerate(data["tables"]))
+        names = [table.metric["name"] for table in tables]
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise CheckpointError(f"{where}: metric {twice[0]!r} is there twice, expected one table of each")
+        for key in ("base", "base_hash"):
+            _expect(data.get(key), isinstance(data.get(key), str), f"{where}: {key}", "text")
+        return _from(Scores, {**data, "tables": tables}, where)
+
+    @staticmethod
+    def read(path: Path) -> "Scores":
+        return Scores.from_dict(read_json(path, "scores written by `hybridize score`"), str(path))
+
+
+def _expect(value: Any, holds: bool, where: str, what: str) -> None:
+    if not holds:
+        raise CheckpointError(f"{where} is {value!r}, expected {what}")
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)
+
+
+def _score_table(data: Any, where: str) -> ScoreTable:
+    """A checked table. Raises CheckpointError naming the place."""
+    _expect(data, isinstance(data, dict) and isinstance(data.get("rows"), (list, tuple)), where, "a mapping with rows")
+    metric, text = data.get("metric"), data.get("text")
+    named = isinstance(metric, dict) and isinstance(metric.get("name"), str)
+    _expect(metric, named, f"{where}: metric", "a mapping with a name")
+    _expect(text, text is None or isinstance(text, str), f"{where}: text", "a hash or null")
+    rows = tuple(_from(LayerScore, row, f"{where}: rows.{i}") for i, row in enumerate(data["rows"]))
+    for i, row in enumerate(rows):
+        place = f"{where}: rows.{i}"
+        _expect(row.layer, type(row.layer) is int and row.layer >= 0, f"{place}: layer", "an integer >= 0")
+        known = row.candidate is None or (isinstance(row.candidate, dict) and isinstance(row.candidate.get("name"), str))
+        _expect(row.candidate, known, f"{place}: candidate", "null or a mapping with a name")
+        _expect(row.values, isinstance(row.values, dict) and bool(row.values), f"{place}: values", "numbers by part")
+        for name, value in row.values.items():
+            curve = isinstance(value, (list, tuple)) and bool(value) and all(map(_is_number, value))
+            _expect(value, curve or _is_number(value), f"{place}: values.{name}", "a finite number or a list of them")
+        fits = isinstance(row.stderr, dict) and set(row.stderr) <= set(row.values)
+        _expect(row.stderr, fits and all(map(_is_number, row.stderr.values())), f"{place}: stderr", "numbers by part")
+    keys = [canonical([row.layer, row.candidate]) for row in rows]
+    if twice := [key for key in keys if keys.count(key) > 1]:
+        raise CheckpointError(f"{where}: layer and candidate {twice[0]} are there twice, expected one row of each")
+    return _from(ScoreTable, {**data, "rows": rows}, where)
 
 
 @dataclass(frozen=True, kw_only=True)

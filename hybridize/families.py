@@ -37,6 +37,10 @@ class Family:
     def decoder_layer(self, config: Any, layer_idx: int) -> Any:
         return self._class("DecoderLayer")(config, layer_idx)
 
+    def norm(self, config: Any) -> Any:
+        """The norm of the stream: before each part of a layer, and once at the end."""
+        return self._class("RMSNorm")(config.hidden_size, eps=config.rms_norm_eps)
+
     def rotary(self, config: Any) -> Any:
         return self._class("RotaryEmbedding")(config=config)
 

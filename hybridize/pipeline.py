@@ -19,7 +19,7 @@ from transformers import AutoTokenizer
 from hybridize.checkpoint import open_base
 from hybridize.conversions import CONVERSIONS, convert
 from hybridize.conversions import plan as make_plan
-from hybridize.core import Plan, Report, Verdict, digest, read_json
+from hybridize.core import Plan, Report, Scores, Verdict, digest, read_json
 from hybridize.data import Tokens, eval_blocks, read_documents, split_documents, tokenize
 from hybridize.distill import STAGES, distill
 from hybridize.errors import CheckpointError, ConfigError, DataError
@@ -148,6 +148,7 @@ def run(
     held_out: str | None = None,
     resume: bool = False,
     progress: Progress | None = None,
+    scores: Scores | None = None,
 ) -> RunResult:
     """Plan, convert, distill, evaluate, gate, report.
 
@@ -159,6 +160,7 @@ def run(
         held_out: text to evaluate on.
         resume: go on with a run that was killed; finished steps are skipped either way when they match.
         progress: called with (label, done, total).
+        scores: layer scores of the base, where the recipe's ranks follow them.
 
     Returns:
         Plan, reports by column (base, converted, distilled), the verdict (None without gates) and the report's path.
@@ -170,7 +172,7 @@ def run(
     if recipe.sizes:
         raise ConfigError(f"recipe {recipe.name}: chooses by the base's size. Load it with load_recipe(..., config=...)")
     checkpoint = open_base(base)
-    plan = make_plan(checkpoint, recipe.plan, recipe.name, recipe.seed)
+    plan = make_plan(checkpoint, recipe.plan, recipe.name, recipe.seed, scores)
     stages = fitted(recipe.distill, checkpoint.config)
     _claim(out, recipe, plan)
     train, test = split_text(load_tokenizer(base), data, held_out, recipe.data.held_out_share)

@@ -99,6 +99,29 @@ def test_verbs_one_by_one(base, text, tmp_path, capsys):
     assert "decode_speedup" in json.loads(out.out)["contexts"]["16"]
 
 
+def test_ranks_from_scores_through_every_verb(base, text, tmp_path, capsys):
+    scores = tmp_path / "s.json"
+    words = ["score", base, "--metric", "energy", "--metric", "{name: fisher, samples: 4}", "--data", text, "--out", scores]
+    code, out = call(*words, "--json", capsys=capsys)
+    assert code == 0, out.err
+    assert json.loads(out.out) == json.loads(scores.read_text())
+    assert "score fisher: 100%" in out.err
+    code, out = call("score", base, "--metric", "energy", "--recipe", "x-ecomla", "--out", tmp_path / "e.json", capsys=capsys)
+    assert "mla rope_dim=8" in out.out
+    assert "low_rank_kv" not in out.out
+    fisher = ["--recipe", "palu", "--set", "plan.mixer={name: low_rank_kv, method: svd, rank: {fisher: 0.5}}"]
+    assert call("plan", base, *fisher, "--scores", scores, "--out", tmp_path / "p.json")[0] == 0
+    planned = json.loads((tmp_path / "p.json").read_text())
+    assert all(type(layer["mixer"]["rank"]) is int for layer in planned["layers"])
+    assert call("convert", base, *fisher, "--scores", scores, "--out", tmp_path / "c")[0] == 0
+    assert call("convert", base, "--plan", tmp_path / "p.json", "--out", tmp_path / "d")[0] == 0
+    for name in ("config.json", "model.safetensors"):
+        assert (tmp_path / "c" / name).read_bytes() == (tmp_path / "d" / name).read_bytes()
+    run = ["run", "palu", "--base", base, "--data", text, "--out", tmp_path / "w", *fisher[2:], *SMALL[2:], "--set", "distill=[]"]
+    assert call(*run, "--scores", scores)[0] == 0
+    assert json.loads((tmp_path / "w" / "plan.json").read_text())["layers"] == planned["layers"]
+
+
 def test_keep_all_is_the_base_bit_for_bit(base, tmp_path):
     assert call("convert", base, "--recipe", "streaming", "--set", "plan.keep=all", "--out", tmp_path / "d")[0] == 0
     ids = torch.arange(3, 40)[None]
@@ -126,6 +149,19 @@ def test_keep_all_is_the_base_bit_for_bit(base, tmp_path):
         (["gate", "nothing.json", "--rule", "max_value perplexity 2"], "no such file"),
         (["bench", "BASE", "--contexts", "x"], "expected numbers"),
         (["plan", "BASE", "--nope"], "No such option"),
+        (["plan", "BASE", "--recipe", "palu", "--scores", "nothing.json"], "nothing.json: no such file; expected scores"),
+        (
+            ["plan", "BASE", "--recipe", "palu", "--set", "plan.mixer.rank={energy: 0.9}"],
+            "--metric energy --out scores.json, then",
+        ),
+        (["convert", "BASE", "--plan", "p.json", "--scores", "s.json", "--out", "OUT"], "--scores goes with a recipe"),
+        (["score", "BASE", "--metric", "fisher", "--out", "OUT"], "Give --data TEXT"),
+        (["score", "BASE", "--metric", "enrgy", "--out", "OUT"], "Did you mean 'energy'"),
+        (["score", "BASE", "--metric", "{name: energy, k: 1}", "--out", "OUT"], "unknown option 'k'"),
+        (["score", "BASE", "--metric", "[", "--out", "OUT"], "--metric: line"),
+        (["score", "BASE", "--metric", "energy", "--set", "a=b", "--out", "OUT"], "give --recipe"),
+        (["score", "BASE", "--metric", "energy", "--recipe", "mamba2", "--out", "OUT"], "truncates nothing"),
+        (["score", "BASE", "--metric", "energy"], "Missing option '--out'"),
         (["nope"], "No such command"),
     ],
     ids=lambda value: " ".join(value[:4]) if isinstance(value, list) else "",
@@ -143,7 +179,21 @@ def test_errors_are_one_line_and_exit_code_two(words, message, base, tmp_path, c
 def test_help_names_every_verb(capsys):
     code, out = call("--help", capsys=capsys)
     assert code == 0
-    for verb in ("recipes", "info", "plan", "convert", "distill", "eval", "gate", "bench", "report", "run", "generate", "demo"):
+    for verb in (
+        "recipes",
+        "info",
+        "score",
+        "plan",
+        "convert",
+        "distill",
+        "eval",
+        "gate",
+        "bench",
+        "report",
+        "run",
+        "generate",
+        "demo",
+    ):
         assert f"  {verb} " in out.out
 
 

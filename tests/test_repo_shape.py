@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from hybridize.conversions import CONVERSIONS
+from hybridize.conversions import CONVERSIONS, SCORES
 from hybridize.distill import LOSSES, STAGES
 from hybridize.eval import GATES, PROBES
 from hybridize.mixers import MIXERS
@@ -28,7 +28,7 @@ RANK = {
 # Started by torchrun, these only hand over to the command line.
 STARTERS = {"distill/__main__.py"}
 FILES = sorted(path.relative_to(PACKAGE) for path in PACKAGE.rglob("*.py"))
-TABLES = [MIXERS, CONVERSIONS, LOSSES, STAGES, PROBES, GATES]
+TABLES = [MIXERS, CONVERSIONS, SCORES, LOSSES, STAGES, PROBES, GATES]
 
 
 def part(path: Path) -> str:

@@ -7,7 +7,7 @@ from typing import Annotated, Optional
 import typer
 
 from hybridize.cli import shared
-from hybridize.cli.shared import BaseArg, DataOpt, DirArg, OutOpt, RecipeOpt, ResumeOpt, SetOpt, cli
+from hybridize.cli.shared import BaseArg, DataOpt, DirArg, OutOpt, RecipeOpt, ResumeOpt, ScoresOpt, SetOpt, cli
 from hybridize.errors import ConfigError
 
 
@@ -55,6 +55,7 @@ def info(checkpoint: Annotated[str, typer.Argument(metavar="DIR", help="Director
 def plan(
     base: BaseArg,
     recipe: RecipeOpt = None,
+    scores: ScoresOpt = None,
     out: Annotated[Optional[Path], typer.Option("--out", help="Write the plan as JSON.")] = None,  # noqa: UP045
     set_: SetOpt = [],  # noqa: B006
 ) -> None:
@@ -66,7 +67,7 @@ def plan(
 
     found = describe_base(resolve_base(base, weights=False))
     chosen = shared.load(recipe, set_, found.config)
-    made = make_plan(found, chosen.plan, chosen.name, chosen.seed)
+    made = make_plan(found, chosen.plan, chosen.name, chosen.seed, shared.read_scores(scores))
     if out is not None:
         write_json(out, made.to_dict())
     shared.show_plan(made)
@@ -79,6 +80,7 @@ def convert(
     out: OutOpt,
     recipe: RecipeOpt = None,
     plan_file: Annotated[Optional[Path], typer.Option("--plan", help="A plan.json instead of a recipe.")] = None,  # noqa: UP045
+    scores: ScoresOpt = None,
     data: DataOpt = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, write nothing.")] = False,
     resume: ResumeOpt = False,
@@ -99,12 +101,12 @@ def convert(
     folder = resolve_base(base)
     checkpoint = open_base(folder)
     if plan_file is not None:
-        if set_:
-            raise ConfigError("--set changes a recipe; a plan is settled. Make a new plan")
+        if set_ or scores is not None:
+            raise ConfigError(f"--{'set' if set_ else 'scores'} goes with a recipe; a plan is settled. Make a new plan")
         made, chosen = Plan.read(plan_file), parse_recipe({"name": "plan", "plan": {}}, "plan")
     else:
         chosen = shared.load(recipe, set_, checkpoint.config)
-        made = make_plan(checkpoint, chosen.plan, chosen.name, chosen.seed)
+        made = make_plan(checkpoint, chosen.plan, chosen.name, chosen.seed, shared.read_scores(scores))
     text = None
     if calibrated_layers(made):
         if data is None:
@@ -164,23 +166,27 @@ def run(
     out: Annotated[Path, typer.Option("--out", help="The working directory.")],
     data: DataOpt = None,
     held_out: Annotated[Optional[str], typer.Option(help="Text to evaluate on. Default: a share of --data.")] = None,  # noqa: UP045
+    scores: ScoresOpt = None,
     resume: ResumeOpt = False,
     set_: SetOpt = [],  # noqa: B006
 ) -> None:
     """Plan, convert, distill, evaluate, gate and report. Steps whose output matches are skipped."""
     if data is None:
         raise ConfigError("--data is missing; give the text to calibrate and train on")
-    _run(recipe, set_, base, data, out, held_out, resume)
+    _run(recipe, set_, base, data, out, held_out, resume, scores)
 
 
-def _run(recipe: str, set_: list[str], base: str, data: str, out: Path, held_out: str | None, resume: bool) -> None:
+def _run(
+    recipe: str, set_: list[str], base: str, data: str, out: Path, held_out: str | None, resume: bool, scores: Path | None = None
+) -> None:
     from hybridize.checkpoint import describe_base
     from hybridize.hub import resolve_base
     from hybridize.pipeline import run as run_all
 
     folder = resolve_base(base)
     chosen = shared.load(recipe, set_, describe_base(folder).config)
-    result = run_all(chosen, folder, data, out, held_out=held_out, resume=resume, progress=shared.screen.progress)
+    result = run_all(chosen, folder, data, out, held_out=held_out, resume=resume, progress=shared.screen.progress,
+                     scores=shared.read_scores(scores))  # fmt: skip
     shared.show_plan(result.plan)
     shared.screen.say("")
     shared.screen.table(result.table())

@@ -1,4 +1,4 @@
-"""The verbs that measure: eval, gate, bench, report."""
+"""The verbs that measure: score, eval, gate, bench, report."""
 
 from pathlib import Path
 from typing import Annotated, Any, Optional
@@ -6,8 +6,55 @@ from typing import Annotated, Any, Optional
 import typer
 
 from hybridize.cli import shared
-from hybridize.cli.shared import DataOpt, DirArg, RecipeOpt, SetOpt, cli
+from hybridize.cli.shared import BaseArg, DataOpt, DirArg, RecipeOpt, SetOpt, cli
 from hybridize.errors import ConfigError
+
+
+@cli.command()
+def score(
+    base: BaseArg,
+    metric: Annotated[list[str], typer.Option("--metric", help="energy, fisher, or {name: fisher, samples: 512}; repeatable.")],
+    out: Annotated[Path, typer.Option("--out", help="Write the scores as JSON.")],
+    data: DataOpt = None,
+    recipe: Annotated[Optional[str], typer.Option(help="Its mixers are the candidates. Default: all, as they come.")] = None,  # noqa: UP045
+    set_: SetOpt = [],  # noqa: B006
+) -> None:
+    """Measure a base layer by layer, for plans whose ranks follow weights or text. One layer is in memory at a time."""
+    from hybridize.checkpoint import open_base
+    from hybridize.conversions import SCORES
+    from hybridize.conversions import score as run_score
+    from hybridize.data import read_documents, tokenize
+    from hybridize.hub import resolve_base
+    from hybridize.pipeline import load_tokenizer
+    from hybridize.recipe import parse_yaml
+    from hybridize.storage import write_json
+
+    specs = []
+    for word in metric:
+        spec = parse_yaml(word, "--metric")
+        specs.append({"name": spec} if isinstance(spec, str) else spec)
+        SCORES.build(specs[-1])
+    if set_ and recipe is None:
+        raise ConfigError("--set changes a recipe; give --recipe")
+    folder = resolve_base(base)
+    checkpoint = open_base(folder)
+    section = None if recipe is None else shared.load(recipe, set_, checkpoint.config).plan
+    text = None if data is None else tokenize(load_tokenizer(folder), read_documents(data))
+    found = run_score(checkpoint, specs, text, section, progress=shared.screen.progress)
+    write_json(out, found.to_dict())
+    for table in found.tables:
+        shown = SCORES.build(table.metric).shown
+        rows = [{"layer": str(row.layer), "candidate": _candidate(row.candidate), **shown(row)} for row in table.rows]
+        shared.screen.table([list(rows[0]), *(list(row.values()) for row in rows)], table.metric["name"])
+    shared.screen.say(f"wrote {out}")
+    shared.screen.result(found.to_dict())
+
+
+def _candidate(spec: dict[str, Any] | None) -> str:
+    """A candidate in a cell; nothing for the base's own layer."""
+    if spec is None:
+        return ""
+    return " ".join([spec["name"], *(f"{key}={value}" for key, value in spec.items() if key != "name")])
 
 
 @cli.command("eval")

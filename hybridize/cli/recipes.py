@@ -43,14 +43,22 @@ def recipes_schema() -> None:
     """Print the JSON schema of a recipe, and the options of every component."""
     import json
 
-    from hybridize.conversions import CONVERSIONS
+    from hybridize.conversions import CONVERSIONS, SCORES
     from hybridize.distill import LOSSES, STAGES
     from hybridize.eval import GATES, PROBES
     from hybridize.mixers import MIXERS
     from hybridize.recipe import Recipe
 
     schema = Recipe.model_json_schema()
-    tables = {"mixers": MIXERS, "conversions": CONVERSIONS, "stages": STAGES, "losses": LOSSES, "probes": PROBES, "gates": GATES}
+    tables = {
+        "mixers": MIXERS,
+        "conversions": CONVERSIONS,
+        "metrics": SCORES,
+        "stages": STAGES,
+        "losses": LOSSES,
+        "probes": PROBES,
+        "gates": GATES,
+    }
     schema["components"] = {
         kind: {
             name: {f.name: str(f.type) for f in dataclasses.fields(table.load(name))} for name in table.names()

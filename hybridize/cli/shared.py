@@ -26,6 +26,7 @@ DirArg = Annotated[Path, typer.Argument(metavar="DIR", help="Directory of a chec
 RecipeOpt = Annotated[Optional[str], typer.Option("--recipe", help="A recipe file, or the name of a built-in one.")]  # noqa: UP045
 SetOpt = Annotated[list[str], typer.Option("--set", metavar="KEY=VALUE", help="Override a recipe key: plan.keep=all.")]
 DataOpt = Annotated[Optional[str], typer.Option("--data", metavar="TEXT", help=".txt, .jsonl, .parquet, glob or hub id.")]  # noqa: UP045
+ScoresOpt = Annotated[Optional[Path], typer.Option("--scores", help="A scores.json, for ranks that follow it.")]  # noqa: UP045
 OutOpt = Annotated[Path, typer.Option("--out", help="Where to write; must not exist yet.")]
 ResumeOpt = Annotated[bool, typer.Option("--resume", help="Go on with what a killed run left.")]
 
@@ -44,6 +45,13 @@ def load(source: str | None, overrides: list[str], config: Any = None) -> Any:
     recipe = load_recipe(source, overrides, config)
     check_components(recipe)
     return recipe
+
+
+def read_scores(path: Path | None) -> Any:
+    """The layer scores of a file, None for none. Raises CheckpointError when they cannot be used."""
+    from hybridize.core import Scores
+
+    return None if path is None else Scores.read(path)
 
 
 def show_plan(plan: Any) -> None:

@@ -67,7 +67,7 @@ def calibrate(plan: Plan, base: Checkpoint, sequences: Tensor, folder: Path, pro
     reads = {layer.index: layer.mixer["reads"] for layer in plan.layers if layer.mixer.get("reads") is not None}
     memories: dict[int, Tensor] = {}
     for index in range(last + 1):
-        layer = _decoder_layer(base, index)
+        layer = decoder_layer(base, index)
         spec, conversion = plan.layers[index].mixer, conversions[index]
         readers = [later for later, below in reads.items() if below == index]
         if any(later <= last for later in readers):
@@ -105,7 +105,7 @@ def calibrate(plan: Plan, base: Checkpoint, sequences: Tensor, folder: Path, pro
                 tensors = _convert(plan, base, conversion, mixer, index, None)
             del measured
             if index < last:
-                layer = _decoder_layer(base, index)
+                layer = decoder_layer(base, index)
                 layer.self_attn = materialised(mixer, {name: t.float() for name, t in tensors.items()})
                 student = _run(layer, student, angles, capture=False, memories=memories)[3]
         for done in set(memories) - {below for later, below in reads.items() if index < later <= last}:
@@ -139,7 +139,7 @@ def _look_ahead(
     """
     found = []
     for later in range(index + 1, max(readers, default=index) + 1):
-        layer = _decoder_layer(base, later)
+        layer = decoder_layer(base, later)
         seen = layer.input_layernorm(teacher) if later in readers else None
         teacher = teacher if later == readers[-1] else _run(layer, teacher, angles, capture=False)[3]
         del layer
@@ -160,7 +160,7 @@ def _convert(plan: Plan, base: Checkpoint, conversion: Any, mixer: Any, index: i
     return convert_layer(conversion, _source(base, index), mixer, base.config, generator, measured, f"layer {index}")
 
 
-def _decoder_layer(base: Checkpoint, index: int) -> Any:
+def decoder_layer(base: Checkpoint, index: int) -> Any:
     """One of the base's decoder layers with its weights, fp32, in evaluation mode."""
     with torch.device("meta"):
         layer = family_of(base.config).decoder_layer(base.config, index)

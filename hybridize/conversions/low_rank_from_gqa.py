@@ -16,6 +16,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from hybridize.conversions import low_rank_scores
 from hybridize.conversions.layer import LayerCalibration, materialised
 from hybridize.errors import ConfigError
 from hybridize.mixers.low_rank_kv import LatentAttention, LowRankAttention, rotated
@@ -36,6 +37,9 @@ class LowRankFromGQA:
     method: Literal["calibrated", "palu", "svd"] = "calibrated"
 
     drops = frozenset()
+    from_scores = staticmethod(low_rank_scores.from_scores)
+    spectra = staticmethod(low_rank_scores.spectra)
+    spectra_of = staticmethod(low_rank_scores.spectra_of)
 
     @property
     def calibrated(self) -> bool:

@@ -12,6 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from hybridize.conversions import mla_scores
 from hybridize.conversions.fitting import ENOUGH, refit_out_proj, solve_out_proj
 from hybridize.conversions.layer import LayerCalibration, materialised
 from hybridize.conversions.mla_fit import transmla
@@ -40,6 +41,9 @@ class MLAFromGQA:
     """partial_rope: which rotary pairs of each key head stay."""
 
     drops = frozenset()
+    from_scores = staticmethod(mla_scores.from_scores)
+    spectra = staticmethod(mla_scores.spectra)
+    spectra_of = staticmethod(mla_scores.spectra_of)
 
     def __post_init__(self) -> None:
         if isinstance(self.freq_fold, int) and self.freq_fold < 1:

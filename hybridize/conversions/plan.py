@@ -1,19 +1,23 @@
 """Decide everything: which layer becomes what, at what size and state, and whether a native class can hold it."""
 
 import dataclasses
+import logging
 from typing import Any
 
 import torch
 
 from hybridize.checkpoint import Described
 from hybridize.conversions.native import native_verdict
+from hybridize.conversions.ranks import is_request
 from hybridize.conversions.table import CONVERSIONS
-from hybridize.core import LayerPlan, Plan
+from hybridize.core import LayerPlan, Plan, Scores
 from hybridize.errors import ConfigError
 from hybridize.families import FAMILIES
 from hybridize.mixers import MIXERS
 from hybridize.mixers.memory import check_reads
 from hybridize.registry import make, suggest
+
+log = logging.getLogger(__name__)
 
 STATE_TOKENS = (1024, 4096, 8192, 32768, 131072)
 """Context lengths at which a plan states its cache bytes."""
@@ -21,7 +25,7 @@ STATE_TOKENS = (1024, 4096, 8192, 32768, 131072)
 FAR = 1 << 24
 KEEP_KEYS = ("every", "layers", "first", "last", "middle")
 TABLES = (MIXERS, CONVERSIONS)
-NEEDS_SCORES = "needs layer scores, which are not part of this release"
+NEEDS_SCORES = "needs layer scores that choose between mixers, which are not part of this release; they give ranks so far"
 
 
 def _integer(value: Any, where: str, least: int) -> int:
@@ -103,7 +107,7 @@ def layer_specs(section: dict[str, Any], count: int) -> list[dict[str, Any]]:
         raise ConfigError("plan.mixer is missing. Say what the layers that are not kept become, such as {name: mamba2}")
     if "mixer" in section:
         # Checked even where no layer takes it: a recipe's mistake shows with `keep: all` too.
-        split_options(_named([section["mixer"]])[0], "plan.mixer")
+        split_options(_unasked(_named([section["mixer"]])[0]), "plan.mixer")
     return _named([{"name": "attention"} if index in kept else section["mixer"] for index in range(count)])
 
 
@@ -146,6 +150,41 @@ def _from_parts(parts: Any, count: int) -> list[dict[str, Any]]:
         chosen = [part["cycle"][index % len(part["cycle"])] for index in range(size)]
         specs += [*chosen[:-1], part.get("last", chosen[-1])]
     return specs
+
+
+def _following(spec: Any) -> Any:
+    """How options of a spec's mixer follow layer scores, by its conversion; None where none can."""
+    name = spec.get("name") if isinstance(spec, dict) else None
+    return getattr(CONVERSIONS.load(name), "from_scores", None) if isinstance(name, str) and name in CONVERSIONS.entries else None
+
+
+def _unasked(spec: Any) -> Any:
+    """A spec without the options that are to follow layer scores."""
+    return {key: value for key, value in spec.items() if not is_request(value)} if _following(spec) else spec
+
+
+def _from_scores(specs: list[Any], config: Any, scores: Scores | None) -> list[Any]:
+    """Specs in which nothing is left to follow layer scores. Layers of equal specs share what there is to share."""
+    made = list(specs)
+    alike: dict[str, list[int]] = {}
+    for index, spec in enumerate(specs):
+        if _following(spec):
+            alike.setdefault(repr(spec), []).append(index)
+    for layers in alike.values():
+        spec = specs[layers[0]]
+        try:
+            ranked = _following(spec)(spec, layers, config, scores)
+        except ConfigError as error:
+            raise ConfigError(f"plan: layer {layers[0]}: mixer {spec['name']!r}: {error}") from error
+        for index, one in zip(layers, ranked, strict=True):
+            made[index] = one
+    return made
+
+
+def candidates_of(section: dict[str, Any], count: int) -> list[dict[str, Any]]:
+    """The different mixers of a recipe's `plan`, without what is to follow layer scores; attention aside."""
+    specs = [_unasked(spec) for spec in layer_specs(section, count)]
+    return [s for i, s in enumerate(specs) if s not in specs[:i] and not (isinstance(s, dict) and s.get("name") == "attention")]
 
 
 def _settled(spec: Any, below: list[Any], above: list[Any]) -> Any:
@@ -202,7 +241,7 @@ def build_mixer(options: Any, config: Any, index: int) -> torch.nn.Module:
         return FAMILIES[config.model_type.removeprefix("hybrid_")].attention(config, index) if module is None else module
 
 
-def plan(base: Described, section: dict[str, Any], recipe_name: str, seed: int, scores: Any = None) -> Plan:
+def plan(base: Described, section: dict[str, Any], recipe_name: str, seed: int, scores: Scores | None = None) -> Plan:
     """Decide what every layer becomes. Reads no weights.
 
     Args:
@@ -210,7 +249,7 @@ def plan(base: Described, section: dict[str, Any], recipe_name: str, seed: int, 
         section: the recipe's `plan`: keep and mixer, layers, or parts.
         recipe_name: for the record.
         seed: of whatever a conversion draws at random.
-        scores: layer scores; none are supported yet.
+        scores: layer scores of this base, for options that follow them; None where none does.
 
     Returns:
         Per layer the mixer, the conversion (defaults filled in), parameters and cache bytes; the whole cache against the
@@ -219,14 +258,17 @@ def plan(base: Described, section: dict[str, Any], recipe_name: str, seed: int, 
     Raises:
         ConfigError: the section cannot be used; the message names the key or the layer.
     """
-    if scores is not None:
-        raise ConfigError("scores: layer scores are not part of this release. Leave them out")
+    if scores is not None and scores.base_hash != base.config_hash:
+        raise ConfigError(f"scores: are of another base ({scores.base}), its config.json differs from {base.path}'s. Score again")
     if type(seed) is not int or seed < 0:
         raise ConfigError(f"seed is {seed!r}, expected an integer >= 0")
     config = base.config
     layers, mixers, growth = [], [], 0.0
     kept = MIXERS.build({"name": "attention"})
-    specs = layer_specs(section, config.num_hidden_layers)
+    asked = layer_specs(section, config.num_hidden_layers)
+    specs = _from_scores(asked, config, scores)
+    if scores is not None and specs == asked:
+        log.warning("%s: nothing in the plan follows the scores given, such as rank: {fisher: 0.5}", recipe_name)
     for index, spec in enumerate(specs):
         mixer, conversion = split_options(_settled(spec, mixers, specs[index + 1 :]), f"plan: layer {index}")
         mixers.append(mixer)

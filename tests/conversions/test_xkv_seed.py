@@ -259,7 +259,7 @@ def test_no_more_than_one_layers_weights_at_a_time(tmp_path, monkeypatch):
     from hybridize.conversions import calibrate as module
 
     base = open_base(tiny_base("llama", tmp_path, num_hidden_layers=5))
-    alive, most, original = [], [0], module._decoder_layer
+    alive, most, original = [], [0], module.decoder_layer
 
     def counted(base, index):
         most[0] = max(most[0], sum(ref() is not None for ref in alive))
@@ -267,7 +267,7 @@ def test_no_more_than_one_layers_weights_at_a_time(tmp_path, monkeypatch):
         alive.append(weakref.ref(layer))
         return layer
 
-    monkeypatch.setattr(module, "_decoder_layer", counted)
+    monkeypatch.setattr(module, "decoder_layer", counted)
     convert(plan(base, {"keep": {"layers": []}, "mixer": {"name": "xkv"}}, "t", 0), tmp_path / "out", text(4, 0))
     # Once for the teacher, once for the student but for the last, and three times ahead from layer 0.
     assert len(alive) == 5 + 4 + 3
