@@ -4,7 +4,7 @@
 
 Ratios, each of the shortest of several interleaved measurements: `align_over_ce` and `kl_over_ce` are whole steps
 (forward, backward, update) of the two stages over a plain cross-entropy step of the same hybrid, half of whose layers are
-converted (`..._over_base_ce`: of the base); `fused_kl_time` and `fused_kl_peak` are the chunked KL over the dense one,
+converted (`..._over_base_ce`: of the base); `fused_<loss>_time` and `..._peak` are each chunked divergence over the dense KL,
 forward and backward; `over_trainer` is our loop over Trainer.
 """
 
@@ -15,6 +15,7 @@ import resource
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 # kernels.py lies beside this script and would pass for Hugging Face's package of that name, which transformers asks for.
@@ -30,9 +31,10 @@ from hybridize.data import Tokens, TrainBlocks  # noqa: E402
 from hybridize.distill.align import Align  # noqa: E402
 from hybridize.distill.kl import KLStage  # noqa: E402
 from hybridize.distill.loop import Run, train  # noqa: E402
-from hybridize.distill.losses.chunked import linear_kl  # noqa: E402
+from hybridize.distill.losses import LOSSES  # noqa: E402
 from hybridize.distill.run import share_frozen  # noqa: E402
 from hybridize.distill.saves import Position, State  # noqa: E402
+from hybridize.distill.signals import Head, Signals  # noqa: E402
 from hybridize.modeling import build_model, hybrid_config  # noqa: E402
 
 log = logging.getLogger("bench")
@@ -141,8 +143,11 @@ def fused_kl(repeats: int) -> dict[str, float]:
     student = (teacher + 0.1 * torch.randn_like(teacher)).requires_grad_()
     ws = wt.clone().requires_grad_()
 
-    def fused() -> None:
-        linear_kl(student, ws, teacher, wt).backward()
+    ids = torch.randint(vocab, (1, tokens))
+
+    def fused(name: str) -> None:
+        sides = [Signals(hidden=x, head=Head(weight=w), ids=ids) for x, w in ((student, ws), (teacher, wt))]
+        LOSSES.build({"name": name})(*sides, None).backward()
         student.grad = ws.grad = None
 
     def dense() -> None:
@@ -152,10 +157,12 @@ def fused_kl(repeats: int) -> dict[str, float]:
         F.kl_div(log_q.flatten(0, 1), log_p.flatten(0, 1), reduction="batchmean", log_target=True).backward()
         student.grad = ws.grad = None
 
-    peaks = {"fused": peak_above(fused), "dense": peak_above(dense)}
-    times = shortest({"fused": fused, "dense": dense}, repeats)
+    runs = {"dense": dense, **{name: partial(fused, name) for name in ("kl", "jsd", "top_k_kl", "sampled_kl")}}
+    peaks = {name: peak_above(run) for name, run in runs.items()}
+    times = shortest(runs, repeats)
     log.info("KL of %d x %d: seconds %s, extra bytes %s", tokens, vocab, times, peaks)
-    return {"fused_kl_time": times["fused"] / times["dense"], "fused_kl_peak": peaks["fused"] / peaks["dense"]}
+    times_and_peaks = {"time": times, "peak": peaks}
+    return {f"fused_{n}_{what}": own[n] / own["dense"] for what, own in times_and_peaks.items() for n in runs if n != "dense"}
 
 
 class Rows(torch.utils.data.Dataset):

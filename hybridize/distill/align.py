@@ -6,16 +6,18 @@ on each converted layer the student's mixer runs beside it and is differentiated
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from hybridize.capture import LayerSignals, visit_layers
-from hybridize.distill.options import StageOptions, autocast
+from hybridize.capture import LayerSignals, Projection, visit_layers
+from hybridize.distill.options import StageOptions, autocast, converted_layers
 from hybridize.distill.signals import Signals
 from hybridize.errors import ConfigError
 from hybridize.mixers.memory import Memories
+from hybridize.mixers.windowed import attention_matrix, base_heads, has_base_heads
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +38,7 @@ class Align(StageOptions):
     def candidates(self, student: Any) -> dict[str, nn.Parameter]:
         return {
             name: parameter
-            for index in converted_layers(student)
+            for index in aligned_layers(student)
             for name, parameter in student.named_parameters()
             if name.startswith(f"model.layers.{index}.self_attn.")
         }
@@ -46,9 +48,9 @@ class Align(StageOptions):
         return AlignStep(self, student, teacher, first_ids)
 
 
-def converted_layers(student: Any) -> list[int]:
+def aligned_layers(student: Any) -> list[int]:
     """Indices of the layers that no longer have the base's attention. Raises ConfigError when there is none."""
-    layers = [index for index, spec in enumerate(student.config.mixers) if spec["name"] != "attention"]
+    layers = converted_layers(student)
     if not layers:
         raise ConfigError("stage 'align': every layer of the student is 'attention', expected a converted one; leave it out")
     return layers
@@ -59,25 +61,61 @@ class AlignStep:
 
     def __init__(self, options: Align, student: Any, teacher: Any, first_ids: Tensor):
         self.options, self.student, self.teacher = options, student, teacher
-        self.losses = options.build_losses({"mixed", "hidden"}, "align")
-        self.layers = converted_layers(student)
-        self.scales: dict[int, tuple[float, float]] = {}
+        self.losses = options.build_losses({"mixed", "hidden", "context", "matrix", "heads"}, "align")
+        self.needs = frozenset().union(*(loss.needs for loss in self.losses.values()))
+        self.layers = aligned_layers(student)
+        self.scales: dict[int, dict[str, Any]] = {}
+        memories = self._memories()
         with autocast(first_ids.device, options):
-            visit_layers(teacher, first_ids, self.layers, self._measure)
+            visit_layers(teacher, first_ids, self.layers, partial(self._measure, memories))
         if options.gradient_checkpointing:
             raise ConfigError("stage 'align': gradient_checkpointing is true, expected false: one layer's graph is all it keeps")
 
-    def _measure(self, signals: LayerSignals) -> None:
-        """Mean square of the median token's mixer output and of its whole update.
+    def _memories(self) -> dict[str, Any]:
+        """What the student's mixers get beside their input and the angles: where layers leave memories, if some layer reads one.
+
+        Layers come from the bottom up, so that what a layer reads is there: the student's memory, from the teacher's input.
+        """
+        read = self.student.model.read_layers
+        return {"memories": Memories(read)} if read else {}
+
+    def _measure(self, extra: dict[str, Any], signals: LayerSignals) -> None:
+        """Mean square of the median token's mixer output, of its whole update, and of what the mixer's projection reads.
 
         The median, because a first token whose states are a hundred times the others' would set the scale alone; measured
         once, because a scale taken from each batch would make the loss depend on how a step is divided.
         """
-        mixed = signals.mixed.float().pow(2).mean(-1).median().item()
-        update = (signals.output.float() - signals.hidden.float()).pow(2).mean(-1).median().item()
-        if not (mixed > 0 and update > 0):
+        self._check(signals, extra)
+        states = {"mixed_scale": signals.mixed, "hidden_scale": signals.output.float() - signals.hidden.float()}
+        if "context" in self.needs and signals.context is not None:
+            states["context_scale"] = signals.context
+        scales = {name: state.float().pow(2).mean(-1).median().item() for name, state in states.items()}
+        if not all(scale > 0 for scale in scales.values()):
             raise ConfigError(f"layer {signals.index} of the teacher gives zeros, so nothing can be aligned with it")
-        self.scales[signals.index] = (mixed, update)
+        self.scales[signals.index] = scales
+
+    def _check(self, signals: LayerSignals, extra: dict[str, Any]) -> None:
+        """Raise ConfigError for a mixer that has not got what a loss compares."""
+        mixer, name = self.student.model.layers[signals.index].self_attn, self.student.config.mixers[signals.index]["name"]
+        theirs = self.teacher.model.layers[signals.index].self_attn
+        where = f"stage 'align': layer {signals.index}, mixer {name!r}"
+        if "matrix" in self.needs and not (getattr(mixer, "mixing_matrix", None) and has_base_heads(theirs)):
+            raise ConfigError(f"{where}: no matrix tells what a token weighs there; align it with mixer_output or hidden_state")
+        if "heads" in self.needs and not (has_base_heads(mixer) and has_base_heads(theirs)):
+            raise ConfigError(f"{where}: its queries, keys and values are not the base's; align it with mixer_output")
+        if "context" in self.needs:
+            _, own = self._mix(signals, extra)
+            if own is None or signals.context is None or own.shape != signals.context.shape:
+                raise ConfigError(f"{where}: nothing of it is like what the base's o_proj reads; use `at: output`")
+
+    def _mix(self, signals: LayerSignals, extra: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
+        """The student's mixer on the teacher's input: its output, and what its last projection reads (None: no such)."""
+        layer = self.student.model.layers[signals.index]
+        with Projection(layer.self_attn) as projection:
+            mixed, _ = layer.self_attn(
+                hidden_states=layer.input_layernorm(signals.hidden), position_embeddings=signals.position_embeddings, **extra
+            )
+        return mixed, projection.context_of(mixed)
 
     def layer_losses(self, signals: LayerSignals, extra: dict[str, Any]) -> Iterator[tuple[str, Tensor, float]]:
         """Name, value and weight of each loss of one layer, with the student's mixer in the graph.
@@ -87,16 +125,23 @@ class AlignStep:
             extra: what the student's mixer gets beside its input and the angles.
         """
         layer = self.student.model.layers[signals.index]
-        mixed_scale, hidden_scale = self.scales[signals.index]
-        mixed, _ = layer.self_attn(
-            hidden_states=layer.input_layernorm(signals.hidden), position_embeddings=signals.position_embeddings, **extra
-        )
-        hidden = None
-        if any("hidden" in loss.needs for loss in self.losses.values()):
-            hidden = signals.hidden + mixed
-            hidden = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
-        student = Signals(mixed=mixed, hidden=hidden)
-        teacher = Signals(mixed=signals.mixed, hidden=signals.output, mixed_scale=mixed_scale, hidden_scale=hidden_scale)
+        theirs = self.teacher.model.layers[signals.index].self_attn
+        own: dict[str, Any] = {}
+        other: dict[str, Any] = {"mixed": signals.mixed, "hidden": signals.output, "context": signals.context}
+        if self.needs & {"mixed", "hidden", "context"} or signals.index in self.student.model.read_layers:
+            own["mixed"], own["context"] = self._mix(signals, extra)
+        if "hidden" in self.needs:
+            hidden = signals.hidden + own["mixed"]
+            own["hidden"] = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
+        if self.needs & {"matrix", "heads"}:
+            normed, angles = layer.input_layernorm(signals.hidden), signals.position_embeddings
+            if "matrix" in self.needs:
+                own["matrix"] = layer.self_attn.mixing_matrix(normed, angles)
+                other["matrix"] = attention_matrix(theirs, signals.normed, angles)
+            if "heads" in self.needs:
+                own["heads"] = base_heads(layer.self_attn, normed, angles)
+                other["heads"] = base_heads(theirs, signals.normed, angles)
+        student, teacher = Signals(**own), Signals(**other, **self.scales[signals.index])
         for name, loss in self.losses.items():
             yield name, loss(student, teacher, None), loss.weight
 
@@ -111,9 +156,7 @@ class AlignStep:
             Losses: each loss by name as the mean over layers, and each layer's total under `layer.<index>`.
         """
         parts: dict[str, Tensor] = {}
-        # Layers come from the bottom up, so that what a layer reads is there: the student's memory, from the teacher's input.
-        memories = Memories(self.student.model.read_layers)
-        extra = {"memories": memories} if self.student.model.read_layers else {}
+        extra = self._memories()
 
         def visit(signals: LayerSignals) -> None:
             with torch.enable_grad(), autocast(ids.device, self.options):
@@ -122,7 +165,8 @@ class AlignStep:
                     total = total + weight * value
                     parts[name] = parts.get(name, 0) + value.detach() / len(self.layers)
             total.backward(torch.full_like(total, share / len(self.layers)))
-            memories.detach()
+            for memories in extra.values():
+                memories.detach()
             parts[f"layer.{signals.index}"] = total.detach()
 
         with autocast(ids.device, self.options):

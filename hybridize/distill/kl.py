@@ -6,8 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hybridize.distill.options import StageOptions, autocast
-from hybridize.distill.signals import Signals
+from hybridize.capture import layer_outputs
+from hybridize.distill.options import StageOptions, autocast, converted_layers
+from hybridize.distill.signals import Head, Signals
+from hybridize.errors import ConfigError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +35,8 @@ class KLStep:
 
     def __init__(self, options: KLStage, student: Any, teacher: Any):
         self.options, self.student, self.teacher = options, student, teacher
-        self.losses = options.build_losses({"hidden", "head", "ids"}, "kl")
+        self.losses = options.build_losses({"hidden", "head", "ids", "layers"}, "kl")
+        self.layers = self._chosen_layers()
         self.needs_teacher = set(self.losses) != {"cross_entropy"}
         if options.gradient_checkpointing:
             # The newer name appeared in transformers 5.23, which warns about the older one.
@@ -41,12 +44,26 @@ class KLStep:
             enable = student.activation_checkpointing_enable if newer else student.gradient_checkpointing_enable
             enable({"use_reentrant": False})
 
+    def _chosen_layers(self) -> list[int]:
+        """Layers whose outputs some loss compares. Raises ConfigError when the two models have different ones."""
+        asking = [loss for loss in self.losses.values() if "layers" in loss.needs]
+        if not asking:
+            return []
+        for size in ("num_hidden_layers", "hidden_size"):
+            own, other = (getattr(model.config, size) for model in (self.student, self.teacher))
+            if own != other:
+                raise ConfigError(
+                    f"stage 'kl': {size} is {own} in the student and {other} in the teacher; features needs them equal"
+                )
+        depth, converted = self.student.config.num_hidden_layers, converted_layers(self.student)
+        return sorted({index for loss in asking for index in loss.chosen(depth, converted)})
+
     def _signals(self, model: Any, ids: Tensor) -> Signals:
-        with autocast(ids.device, self.options):
+        with layer_outputs(model, self.layers) as layers, autocast(ids.device, self.options):
             hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state
         # A residual stream in fp32 would take the head out of the tensor cores' reach.
         hidden = hidden.to(torch.bfloat16) if self.options.dtype == "bf16" else hidden
-        return Signals(hidden=hidden, head=model.lm_head.weight, ids=ids)
+        return Signals(hidden=hidden, head=Head(weight=model.lm_head.weight), ids=ids, layers=layers)
 
     def __call__(self, ids: Tensor, share: float) -> dict[str, Tensor]:
         """Add `share` times the gradient of one micro-batch to the trained parameters.

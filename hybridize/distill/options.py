@@ -141,6 +141,11 @@ class StageOptions:
         )  # fmt: skip
 
 
+def converted_layers(student: Any) -> list[int]:
+    """Indices of a hybrid's layers that no longer have the base's attention."""
+    return [index for index, spec in enumerate(student.config.mixers) if spec["name"] != "attention"]
+
+
 def autocast(device: torch.device, options: StageOptions) -> torch.autocast:
     """The context that a stage's forward passes run in."""
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=options.dtype == "bf16")

@@ -11,6 +11,18 @@ from torch import Tensor
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
+class Head:
+    """How final hidden states become logits: c tanh(a x W^T / c), or a x W^T where there is no cap."""
+
+    weight: Tensor
+    """W, [V, D]."""
+    scale: float = 1.0
+    """a, as in Cohere's logit_scale."""
+    cap: float | None = None
+    """c, as in Gemma2's final_logit_softcapping."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Signals:
     """One model's side of a comparison; a stage fills in what its losses need."""
 
@@ -18,14 +30,23 @@ class Signals:
     """Output of one layer's mixer, [B, T, D]."""
     hidden: Tensor | None = None
     """Output of one layer, or the final hidden states that the head reads, [B, T, D]."""
-    head: Tensor | None = None
-    """Weight of the output head, [V, D]."""
+    context: Tensor | None = None
+    """What the mixer's last projection reads, [B, T, C]."""
+    matrix: Tensor | None = None
+    """What each token's value weighs in each other token's output, [B, H, T, T]."""
+    heads: tuple[Tensor, Tensor, Tensor] | None = None
+    """Queries [B, H, T, d], keys and values [B, G, T, d], as they meet in the scores."""
+    layers: dict[int, Tensor] | None = None
+    """Outputs of whole layers by index, [B, T, D] each."""
+    head: Head | None = None
     ids: Tensor | None = None
     """The tokens that were read, [B, T], int64."""
     mixed_scale: float = 1.0
     """Mean square that an error of `mixed` is measured against."""
     hidden_scale: float = 1.0
     """Mean square that an error of `hidden` is measured against."""
+    context_scale: float = 1.0
+    """Mean square that an error of `context` is measured against."""
 
 
 def masked_mean(values_BT: Tensor, mask_BT: Tensor | None) -> Tensor:
@@ -35,27 +56,37 @@ def masked_mean(values_BT: Tensor, mask_BT: Tensor | None) -> Tensor:
     return values_BT[mask_BT].sum() / mask_BT.sum()
 
 
+StateNorm = Literal["mse", "l2", "full_l2"]
+# The root has no slope at zero, where a perfect student is; this little makes it zero there instead of NaN.
+TINY = 1e-12
+
+
+def root(square: Tensor) -> Tensor:
+    """sqrt(x) that is 0 with slope 0 at 0."""
+    return (square + TINY).sqrt() - TINY**0.5
+
+
 def state_error(
-    student_BTD: Tensor, teacher_BTD: Tensor, scale: float, mask_BT: Tensor | None, norm: Literal["mse", "l2"]
+    student_BTD: Tensor, teacher_BTD: Tensor, scale: float | Tensor, mask_BT: Tensor | None, norm: StateNorm
 ) -> Tensor:
     """Distance of two hidden states, relative to `scale`, mean per token.
 
-    mse: mean_D (s - t)^2 / scale.  l2: sqrt(mean_D (s - t)^2 / scale), as in "L2 * d^-1/2" of the published recipes.
+    mse: mean_D (s - t)^2 / scale.  l2: sqrt(mean_D (s - t)^2 / scale), the "L2 * d^-1/2" of RADLADS (arXiv 2505.03005).
+    full_l2: sqrt(sum_D (s - t)^2 / scale), as MOHAWK (arXiv 2408.10189) and Zebra-Llama (arXiv 2505.17272) have it.
 
     Args:
         student_BTD: [B, T, D], any float dtype; the gradient goes here.
         teacher_BTD: [B, T, D].
-        scale: mean square to measure against.
+        scale: mean square to measure against; a number, or one for each token, [B, T].
         mask_BT: [B, T] bool, False on tokens that do not count, or None.
-        norm: which of the two.
+        norm: which of the three.
 
     Returns:
         Scalar, fp32 (fp64 for fp64 input).
     """
     wide = torch.promote_types(student_BTD.dtype, torch.float32)
     square = (student_BTD.to(wide) - teacher_BTD.detach().to(wide)).pow(2).mean(-1) / scale
-    if norm == "l2":
-        # The root has no slope at zero, where a perfect student is; this little makes it zero there instead of NaN.
-        tiny = 1e-12
-        square = (square + tiny).sqrt() - tiny**0.5
-    return masked_mean(square, mask_BT)
+    if norm == "mse":
+        return masked_mean(square, mask_BT)
+    length = student_BTD.shape[-1] ** 0.5 if norm == "full_l2" else 1.0
+    return length * masked_mean(root(square), mask_BT)

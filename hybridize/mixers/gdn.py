@@ -32,6 +32,7 @@ from hybridize.kernels.conv import causal_conv1d, causal_conv1d_step
 from hybridize.kernels.gated_norm import gated_rms_norm
 from hybridize.kernels.gdn import gdn, gdn_step
 from hybridize.mixers.mamba2 import HeadNorm
+from hybridize.mixers.windowed import one_hot
 
 # Of the L2 norm of q and k, as the native class has it.
 L2_EPS = 1e-6
@@ -170,6 +171,17 @@ class DeltaMixer(nn.Module):
             entry.seen += new
             entry.is_initialized = True
         return self.gated(y.to(hidden_states.dtype), hidden_states).flatten(2)
+
+    def mixing_matrix(self, hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor]) -> Tensor:
+        """What token s's v weighs in each head's y at token t, before the norm and the gate, [B, H, T, T].
+
+        v is what the convolution gives. Arguments as in `forward`, no cache.
+        """
+        g = self.log_decay(hidden_states)
+        beta = self.options.beta_max * torch.sigmoid(self.beta_logits(hidden_states).to(g.dtype))
+        qkv, _ = causal_conv1d(self.qkv(hidden_states), self.conv1d.weight[:, 0], None, None, "silu", None)
+        q, k, v = self._heads(qkv, position_embeddings)
+        return gdn(q, k, one_hot(v, 1), g, beta, None, None)[0].transpose(1, 2)
 
     def _heads(self, qkv: Tensor, angles: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor, Tensor]:
         q, k, v = qkv.split([self.inner, self.grouped, self.grouped], dim=-1)

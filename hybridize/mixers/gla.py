@@ -27,7 +27,7 @@ from hybridize.cache import WindowStateLayer
 from hybridize.errors import ConfigError
 from hybridize.families import element_bytes, head_dim
 from hybridize.kernels.gla import gla, gla_step
-from hybridize.mixers.windowed import Reach, WindowedAttention
+from hybridize.mixers.windowed import Reach, WindowedAttention, one_hot
 
 # Liger's temperature of the gate: log g = logsigmoid(k) / 16.
 GATE_NORMALISER = 16
@@ -117,14 +117,31 @@ class GatedLinearAttention(WindowedAttention):
         segment_ids: Tensor | None = None,
     ) -> Tensor:
         """What o_proj reads, [B, T, H * d]. Arguments as in `forward`."""
+        heads = self.unrotated(hidden_states)
+        return self._mixed(hidden_states, heads, position_embeddings, entry, padding_mask, segment_ids).flatten(2)
+
+    def mixing_matrix(self, hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor]) -> Tensor:
         q, k, v = self.unrotated(hidden_states)
+        return self._mixed(hidden_states, (q, k, one_hot(v, 1)), position_embeddings, None, None, None).transpose(1, 2)
+
+    def _mixed(
+        self,
+        hidden_states: Tensor,
+        heads: tuple[Tensor, Tensor, Tensor],
+        position_embeddings: tuple[Tensor, Tensor],
+        entry: WindowStateLayer | None,
+        padding_mask: Tensor | None,
+        segment_ids: Tensor | None,
+    ) -> Tensor:
+        """Both branches joined, [B, T, H, width of the values], from what `unrotated` gives."""
+        q, k, v = heads
         y = self.recurrent(hidden_states, q, k, v, entry, padding_mask, segment_ids)
         learned = self.options.mix == "learned"
         y = y * (self.state_scale.to(y)[:, None] if learned else 0.5 if self.window else 1.0)
         if self.window:
             near = self.attend_window(q, k, v, position_embeddings, entry, padding_mask, segment_ids)
             y = y + near * (self.window_scale.to(y)[:, None] if learned else 0.5)
-        return y.flatten(2).to(hidden_states.dtype)
+        return y.to(hidden_states.dtype)
 
     def unrotated(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The base's heads before the rotary angle: q [B, T, H, d], k and v [B, T, n_kv, d]."""

@@ -30,7 +30,7 @@ from hybridize.cache import LeavingWindowLayer
 from hybridize.errors import ConfigError
 from hybridize.families import element_bytes, head_dim
 from hybridize.kernels.gla import gla, gla_step
-from hybridize.mixers.windowed import QUERY_BLOCK, Reach, WindowedAttention
+from hybridize.mixers.windowed import QUERY_BLOCK, Reach, WindowedAttention, one_hot
 
 # gamma = sigmoid of this = 0.1, the published start.
 WINDOW_FACTOR = -math.log(9)
@@ -123,6 +123,15 @@ class LoLCATsAttention(WindowedAttention):
         if far is not None:
             sums = sums + (1 - gamma if self.affine else 1) * far
         return sums[..., :-1] / sums[..., -1:]
+
+    def mixing_matrix(self, hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor]) -> Tensor:
+        """What token s's values weigh in each head's output at token t, [B, H, T, T]. Arguments as in `forward`, no cache."""
+        q, k, v = self.project(hidden_states, position_embeddings)
+        with torch.autocast(q.device.type, enabled=False):
+            v = one_hot(v)
+            far, _ = self.beyond(q, k, v, None, None, None)
+            near = self.inside(q, k, v, None, None)
+            return self.join(near, far, torch.sigmoid(self.window_factors.to(near)))
 
     @staticmethod
     def _real(entry: LeavingWindowLayer, held: int, padding: Tensor | None, k: Tensor) -> Tensor | None:

@@ -22,6 +22,7 @@ from transformers.models.llama.modeling_llama import rotate_half
 from hybridize.cache import LatentLayer, own_layer
 from hybridize.errors import ConfigError
 from hybridize.families import element_bytes, family_of, head_dim
+from hybridize.mixers.windowed import one_hot
 
 DEFAULT_GROUP = 4
 POSITION_BYTES = 4
@@ -250,16 +251,31 @@ class LowRankAttention(LatentAttention):
     ) -> Tensor:
         """What o_proj reads: each head's mixture of value latents, [B, T, H * r]. Arguments as in `forward`."""
         batch, new, _ = hidden_states.shape
-        latents = self.k_down(hidden_states).view(batch, new, self.groups, self.rank).transpose(1, 2)
-        values = self.v_down(hidden_states).view(batch, new, self.groups, self.v_rank).transpose(1, 2)
+        latents, values = self._latents(hidden_states)
         latents, values, q_angles, k_angles = self._extended(
             past_key_values, latents, values, position_embeddings, position_ids, hidden_states
         )
-        k = self.k_up(latents).unflatten(-1, (-1, self.width)).transpose(2, 3).flatten(1, 2)
-        q, k = rotated(self._queries(hidden_states), q_angles), rotated(self._norm("k_norm", k), k_angles)
+        q, k = rotated(self._queries(hidden_states), q_angles), self._keys(latents, k_angles)
         mask = self._mask(attention_mask, new, k.shape[2], q)
         attend = self._attend_one if new == 1 and not self.training else self._attend
         return attend(q, k, values, mask).transpose(1, 2).reshape(batch, new, -1)
+
+    def mixing_matrix(self, hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor]) -> Tensor:
+        """What token s's values weigh in each head's output at token t, [B, H, T, T]. Arguments as in `forward`, no cache."""
+        latents, values = self._latents(hidden_states)
+        q, k = rotated(self._queries(hidden_states), position_embeddings), self._keys(latents, position_embeddings)
+        return self._attend(q, k, one_hot(values), None)
+
+    def _latents(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
+        """Latents of keys [B, C, T, r] and of values [B, C, T, r']."""
+        latents = self.k_down(hidden_states).unflatten(-1, (self.groups, self.rank))
+        values = self.v_down(hidden_states).unflatten(-1, (self.groups, self.v_rank))
+        return latents.transpose(1, 2), values.transpose(1, 2)
+
+    def _keys(self, latents: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:
+        """Keys with their angle, [B, G, S, d], of latents [B, C, S, r]."""
+        k = self.k_up(latents).unflatten(-1, (-1, self.width)).transpose(2, 3).flatten(1, 2)
+        return rotated(self._norm("k_norm", k), angles)
 
 
 def rotated(heads: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:

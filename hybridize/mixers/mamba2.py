@@ -34,6 +34,7 @@ from hybridize.kernels.conv import causal_conv1d, causal_conv1d_step
 from hybridize.kernels.gated_norm import gated_rms_norm
 from hybridize.kernels.ssd import ssd, ssd_step
 from hybridize.mixers.memory import Memories
+from hybridize.mixers.windowed import one_hot
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -205,6 +206,17 @@ class Mamba2Mixer(nn.Module):
         if memories is not None and memories.wants(self.layer_idx):
             memories.leave(self.layer_idx, self.norm.ungated(y))
         return self.norm(y, z)
+
+    def mixing_matrix(self, hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor]) -> Tensor:
+        """What token s's x weighs in each head's y at token t, before the gate and the norm, [B, H, T, T].
+
+        x is what the convolution gives. Arguments as in `forward`, no cache; the angles are not read.
+        """
+        _, xBC, dt = self.in_proj(hidden_states).split([self.inner, self.inner + 2 * self.grouped, self.num_heads], dim=-1)
+        xBC, _ = causal_conv1d(xBC, self.conv1d.weight[:, 0], self.conv1d.bias, None, "silu", None)
+        x, b, c = self._heads(xBC)
+        dt = F.softplus(dt.float() + self.dt_bias.float())
+        return ssd(one_hot(x, 1), dt, -torch.exp(self.A_log.float()), b, c, self.D, None, None)[0].transpose(1, 2)
 
     def _heads(self, xBC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         x, b, c = xBC.split([self.grouped, self.grouped, self.inner], dim=-1)

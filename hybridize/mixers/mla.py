@@ -15,6 +15,7 @@ Letters: B batch, T new tokens, S tokens to attend to, H query heads, d head wid
 Source: DeepSeek-V2, arXiv 2405.04434, section 2.1; Meng et al. (TransMLA), arXiv 2502.07864.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -25,6 +26,7 @@ from torch import Tensor, nn
 from hybridize.errors import ConfigError
 from hybridize.families import element_bytes, family_of, head_dim
 from hybridize.mixers.mamba2 import HeadNorm
+from hybridize.mixers.windowed import one_hot
 
 # The native class's latent norm has this eps whatever the model's is.
 LATENT_EPS = 1e-6
@@ -205,7 +207,20 @@ class LatentAttention(nn.Module):
         attend = self.absorbed if absorb else self.expanded
         return attend(plain, turned, latent, key, mask).transpose(1, 2).flatten(2)
 
-    def expanded(self, plain: Tensor, turned: Tensor, latent: Tensor, key: Tensor, mask: Tensor | None) -> Tensor:
+    def mixing_matrix(self, hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor]) -> Tensor:
+        """What token s's values weigh in each head's output at token t, [B, H, T, T]. Arguments as in `forward`, no cache."""
+        plain, turned, latent, key = self.project(hidden_states, position_embeddings)
+        return self.expanded(plain, turned, latent[:, None], key[:, None], None, one_hot)
+
+    def expanded(
+        self,
+        plain: Tensor,
+        turned: Tensor,
+        latent: Tensor,
+        key: Tensor,
+        mask: Tensor | None,
+        values: Callable[[Tensor], Tensor] = lambda v: v,
+    ) -> Tensor:
         """Attention over keys and values of every head, made from the latents.
 
         Args:
@@ -214,6 +229,7 @@ class LatentAttention(nn.Module):
             latent: [B, 1, S, r].
             key: rotary keys, [B, 1, S, R].
             mask: as in `forward`.
+            values: what is read in place of the values [B, H, S, d].
 
         Returns:
             [B, H, T, d].
@@ -225,7 +241,7 @@ class LatentAttention(nn.Module):
         if mask is None and new != total:
             mask = _causal(new, total, turned.device)
         return F.scaled_dot_product_attention(
-            torch.cat([plain, turned], dim=-1), k, v, attn_mask=mask, is_causal=mask is None,
+            torch.cat([plain, turned], dim=-1), k, values(v), attn_mask=mask, is_causal=mask is None,
             dropout_p=self.dropout if self.training else 0.0, scale=self.width**-0.5,
         )  # fmt: skip
 

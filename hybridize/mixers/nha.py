@@ -31,7 +31,7 @@ from hybridize.cache import SlotWindowLayer
 from hybridize.errors import ConfigError
 from hybridize.families import element_bytes, head_dim
 from hybridize.mixers.streaming import Streaming
-from hybridize.mixers.windowed import Reach, WindowedAttention
+from hybridize.mixers.windowed import Reach, WindowedAttention, one_hot
 
 # Tokens between two carried slot states; a power of two.
 CHUNK = 64
@@ -218,23 +218,39 @@ class NativeHybridAttention(WindowedAttention):
         segment_ids: Tensor | None = None,
     ) -> Tensor:
         """What o_proj reads, [B, T, H * d]. Arguments as in `forward`; `entry` is a SlotWindowLayer or None."""
+        heads = self.project(hidden_states, position_embeddings)
+        return self._mixed(hidden_states, heads, entry, padding_mask, segment_ids).transpose(1, 2).flatten(2)
+
+    def mixing_matrix(self, hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor]) -> Tensor:
         q, k, v = self.project(hidden_states, position_embeddings)
+        return self._mixed(hidden_states, (q, k, one_hot(v)), None, None, None)
+
+    def _mixed(
+        self,
+        hidden_states: Tensor,
+        heads: tuple[Tensor, Tensor, Tensor],
+        entry: Any,
+        padding_mask: Tensor | None,
+        segment_ids: Tensor | None,
+    ) -> Tensor:
+        """What the softmax over window and slots reads, [B, H, T, width of the values], from what `project` gives."""
+        q, k, v = heads
         wide = torch.promote_types(q.dtype, torch.float32)
         scan = SlotScan(self.slot_gates(hidden_states, padding_mask), segment_ids)
-        empty = torch.zeros(q.shape[0], self.num_groups, self.slots, self.head_dim, dtype=wide, device=q.device)
-        keys = values = empty
+        keys = torch.zeros(q.shape[0], self.num_groups, self.slots, self.head_dim, dtype=wide, device=q.device)
+        values = keys.new_zeros(*keys.shape[:3], v.shape[-1])
         if entry is not None and entry.seen > 0:
-            keys, values = entry.slot_keys.to(empty), entry.slot_values.to(empty)
+            keys, values = entry.slot_keys.to(keys), entry.slot_values.to(keys)
         grouped = q.unflatten(1, (self.num_groups, -1)).to(wide)
         scores, keys = scan.scores(grouped, k.to(wide), keys)
         scores = scores.flatten(1, 2) * self.head_dim**-0.5 + self.slot_bias.to(wide)[:, None]
         # The slots' scores ride beside the queries through streaming's blocks and ring, their weights come back so.
         out = self.attend(torch.cat([q.to(wide), scores], -1), k, v, entry, padding_mask, segment_ids)
-        out, weights = out.split([self.head_dim, self.slots], -1)
+        out, weights = out.split([v.shape[-1], self.slots], -1)
         read, values = scan.read(weights.unflatten(1, (self.num_groups, -1)), v.to(wide), values)
         if entry is not None:
             entry.slot_keys, entry.slot_values = keys.detach(), values.detach()
-        return (out + read.flatten(1, 2)).to(q.dtype).transpose(1, 2).flatten(2)
+        return (out + read.flatten(1, 2)).to(q.dtype)
 
     def slot_gates(self, hidden_states: Tensor, padding_mask: Tensor | None = None) -> Tensor:
         """g of each token, [B, G, T, m], fp32 or wider; 0 on padding, which is then neither written nor forgets."""

@@ -61,6 +61,9 @@ class Parallel:
 class ParallelMixer(WindowedAttention):
     """Streaming attention under the base's names, the other branch as `recurrent`, and a weight for each channel of either."""
 
+    # Two branches, each behind its own projection: no one matrix tells what a token weighs.
+    mixing_matrix: Any = None
+
     def __init__(self, config: Any, layer_idx: int, options: Parallel, branch: Any):
         super().__init__(config, layer_idx, Reach(sink=options.sink_tokens, window=options.window_tokens))
         self.recurrent = branch.build(config, layer_idx)

@@ -103,6 +103,46 @@ class Reach:
 EVERYTHING = Reach(sink=0, window=1, stride=1)
 
 
+def has_base_heads(attention: Any) -> bool:
+    """Whether `base_heads` can be asked of a module."""
+    return all(hasattr(attention, name) for name in ("q_proj", "k_proj", "v_proj", "head_dim"))
+
+
+def base_heads(
+    attention: Any, hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor]
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """q [B, H, T, d], k and v [B, G, T, d] of [B, T, D]; q and k normalised where the base does, and rotated.
+
+    Args:
+        attention: a base's own attention or a mixer with its projections and `head_dim`.
+        hidden_states: what it reads, [B, T, D].
+        position_embeddings: cos and sin, [B, T, d].
+    """
+    shape = (*hidden_states.shape[:2], -1, attention.head_dim)
+    q, k, v = (getattr(attention, f"{name}_proj")(hidden_states).view(shape) for name in "qkv")
+    if hasattr(attention, "q_norm"):
+        q, k = attention.q_norm(q), attention.k_norm(k)
+    return *apply_rotary_pos_emb(q.transpose(1, 2), k.transpose(1, 2), *position_embeddings), v.transpose(1, 2)
+
+
+def one_hot(values: Tensor, dim: int = 2) -> Tensor:
+    """In place of values with tokens along `dim`: T channels, each of which is one token's. What reads them is the matrix."""
+    eye = torch.eye(values.shape[dim], dtype=values.dtype, device=values.device)
+    shape = [*values.shape[:-1], values.shape[dim]]
+    return eye.view([len(eye) if index in (dim, 3) else 1 for index in range(4)]).expand(shape)
+
+
+def attention_matrix(
+    attention: Any, hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor]
+) -> Tensor:  # fmt: skip
+    """softmax(q k^T / sqrt(d)) of a base's own causal attention, [B, H, T, T], fp32 or wider. Arguments as in `base_heads`."""
+    q, k, _ = base_heads(attention, hidden_states, position_embeddings)
+    wide = torch.promote_types(q.dtype, torch.float32)
+    scores = q.to(wide) @ k.to(wide).repeat_interleave(q.shape[1] // k.shape[1], dim=1).mT * attention.head_dim**-0.5
+    ahead = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
+    return scores.masked_fill(ahead, -torch.inf).softmax(-1)
+
+
 class WindowedAttention(nn.Module):
     """Attention with the base's own projections (names, biases and q/k-norms included) over a reach, with its cache."""
 
@@ -124,12 +164,13 @@ class WindowedAttention(nn.Module):
         return getattr(self, name)(heads) if hasattr(self, name) else heads
 
     def project(self, hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """q [B, H, T, d], k and v [B, G, T, d] of [B, T, D]; q and k normalised where the base does, and rotated."""
-        shape = (*hidden_states.shape[:2], -1, self.head_dim)
-        q = self._norm("q_norm", self.q_proj(hidden_states).view(shape)).transpose(1, 2)
-        k = self._norm("k_norm", self.k_proj(hidden_states).view(shape)).transpose(1, 2)
-        v = self.v_proj(hidden_states).view(shape).transpose(1, 2)
-        return *apply_rotary_pos_emb(q, k, *position_embeddings), v
+        """See `base_heads`."""
+        return base_heads(self, hidden_states, position_embeddings)
+
+    def mixing_matrix(self, hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor]) -> Tensor:
+        """What token s's values weigh in each head's output at token t, [B, H, T, T]. Arguments as in `forward`, no cache."""
+        q, k, v = self.project(hidden_states, position_embeddings)
+        return self.attend(q, k, one_hot(v), None)
 
     def forward(
         self,

@@ -25,7 +25,7 @@ def tiny_pair(tmp: Path, mixers: tuple = (STREAMING, KEEP, STREAMING), noise: fl
     weights = teacher.state_dict()
     own = student.state_dict()
     for name in own:
-        if name in weights:
+        if name in weights and weights[name].shape == own[name].shape:
             own[name] = weights[name].clone()
         if any(f"layers.{i}.self_attn" in name and spec != KEEP for i, spec in enumerate(mixers)):
             own[name] = own[name] + noise * torch.randn(own[name].shape, generator=generator) * own[name].std(correction=0)

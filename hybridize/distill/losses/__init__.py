@@ -7,7 +7,13 @@ LOSSES = Registry(
     {
         "mixer_output": "hybridize.distill.losses.mixer_output:MixerOutput",
         "hidden_state": "hybridize.distill.losses.hidden_state:HiddenState",
+        "mixing_matrix": "hybridize.distill.losses.mixing_matrix:MixingMatrix",
+        "relations": "hybridize.distill.losses.relations:Relations",
+        "features": "hybridize.distill.losses.features:Features",
         "kl": "hybridize.distill.losses.kl:KL",
+        "jsd": "hybridize.distill.losses.jsd:JSD",
+        "top_k_kl": "hybridize.distill.losses.top_k_kl:TopKKL",
+        "sampled_kl": "hybridize.distill.losses.sampled_kl:SampledKL",
         "cross_entropy": "hybridize.distill.losses.cross_entropy:CrossEntropy",
     },
 )

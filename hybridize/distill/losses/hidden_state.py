@@ -1,11 +1,10 @@
 """Distance of hidden states from the teacher's: a layer's output when aligning, the final ones end to end."""
 
 from dataclasses import dataclass
-from typing import Literal
 
 from torch import Tensor
 
-from hybridize.distill.signals import Signals, state_error
+from hybridize.distill.signals import Signals, StateNorm, state_error
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -16,11 +15,13 @@ class HiddenState:
     """
 
     weight: float = 1.0
-    norm: Literal["mse", "l2"] = "mse"
+    norm: StateNorm = "mse"
+    relative: bool = True
+    """Measure against what the teacher's layer adds; False is the plain distance of the published stages."""
 
     needs = frozenset({"hidden"})
 
     def __call__(self, student: Signals, teacher: Signals, mask_BT: Tensor | None) -> Tensor:
         assert student.hidden is not None
         assert teacher.hidden is not None
-        return state_error(student.hidden, teacher.hidden, teacher.hidden_scale, mask_BT, self.norm)
+        return state_error(student.hidden, teacher.hidden, teacher.hidden_scale if self.relative else 1.0, mask_BT, self.norm)

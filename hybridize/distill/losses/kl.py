@@ -1,20 +1,22 @@
-"""Forward KL divergence of the next-token distributions."""
+"""KL divergence of the next-token distributions, in either direction."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 from torch import Tensor
 
-from hybridize.distill.losses.chunked import linear_kl
+from hybridize.distill.losses.chunked import linear_divergence, softmax
 from hybridize.distill.signals import Signals
 from hybridize.errors import ConfigError
 
 
 @dataclass(frozen=True, kw_only=True)
-class KL:
-    """KL(teacher || student) from final hidden states. Source: Hinton et al., arXiv 1503.02531, with its T^2."""
+class LogitLoss:
+    """Options of every loss that compares next-token distributions; tau^2 keeps the gradient's size at any tau."""
 
     weight: float = 1.0
     temperature: float = 1.0
+    """tau, which divides both sides' logits."""
     chunk_tokens: int = 256
     """Tokens whose logits exist at once."""
 
@@ -26,9 +28,42 @@ class KL:
                 f"temperature is {self.temperature} and chunk_tokens {self.chunk_tokens}, expected above 0 and at least 1"
             )
 
+
+@dataclass(frozen=True, kw_only=True)
+class KL(LogitLoss):
+    """KL divergence from final hidden states, in nats.
+
+    Source: Hinton et al., arXiv 1503.02531 (forward); MiniLLM, arXiv 2306.08543 (reverse).
+    """
+
+    direction: Literal["forward", "reverse"] = "forward"
+    """`forward`: KL(teacher || student). `reverse`: KL(student || teacher), which lets the student leave modes out."""
+    reduction: Literal["token_mean", "published_batchmean"] = "token_mean"
+    """`published_batchmean` is for comparison with MambaInLlama and Zebra-Llama: the sum over a row's tokens, mean over rows,
+    as kl_div's `batchmean` gives for [B, T, V]. It is token_mean times the length of a row, so it outweighs other losses, and
+    gradient clipping, by a factor that changes with seq_tokens."""
+
     def __call__(self, student: Signals, teacher: Signals, mask_BT: Tensor | None) -> Tensor:
+        divergence = _forward if self.direction == "forward" else _reverse
+        loss = linear_divergence(student, teacher, mask_BT, divergence, self.temperature, self.chunk_tokens)
+        if self.reduction == "token_mean":
+            return loss
         assert student.hidden is not None
-        assert student.head is not None
-        assert teacher.hidden is not None
-        assert teacher.head is not None
-        return linear_kl(student.hidden, student.head, teacher.hidden, teacher.head, mask_BT, self.temperature, self.chunk_tokens)
+        rows, tokens = student.hidden.shape[:2]
+        return loss * (tokens if mask_BT is None else mask_BT.sum() / rows)
+
+
+def _forward(t: Tensor, s: Tensor, at: slice) -> tuple[Tensor, Tensor]:
+    p, p_sum = softmax(t)
+    q, q_sum = softmax(s)
+    # log p - log q by differences of logits first: what is equal cancels exactly.
+    t.sub_(s).sub_(p_sum - q_sum)
+    return t.mul_(p).sum(-1), q.sub_(p)
+
+
+def _reverse(t: Tensor, s: Tensor, at: slice) -> tuple[Tensor, Tensor]:
+    _, p_sum = softmax(t)
+    q, q_sum = softmax(s)
+    s.sub_(t).sub_(q_sum - p_sum)
+    loss = (q * s).sum(-1)
+    return loss, s.sub_(loss[:, None]).mul_(q)
