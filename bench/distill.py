@@ -27,7 +27,7 @@ import torch.nn.functional as F  # noqa: E402
 from accelerate import Accelerator  # noqa: E402
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments  # noqa: E402
 
-from hybridize.data import Tokens, TrainBlocks  # noqa: E402
+from hybridize.data import Batch, Tokens, TrainBlocks  # noqa: E402
 from hybridize.distill.align import Align  # noqa: E402
 from hybridize.distill.kl import KLStage  # noqa: E402
 from hybridize.distill.loop import Run, train  # noqa: E402
@@ -67,10 +67,10 @@ def stage_step(options, student, teacher, ids):
     for parameter in trained.values():
         parameter.requires_grad_(True)
     share_frozen(student, teacher)
-    micro_step, optimizer = options.start(student, teacher, ids), options.optimizer(trained)
+    micro_step, optimizer = options.start(student, teacher, Batch(ids)), options.optimizer(trained)
 
     def step() -> None:
-        micro_step(ids, 1.0)
+        micro_step(Batch(ids), 1.0)
         torch.nn.utils.clip_grad_norm_(trained.values(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
@@ -183,13 +183,13 @@ def over_trainer(hidden: int, steps: int, repeats: int) -> dict[str, float]:
         tokens=steps * ROWS * SEQ, seq_tokens=SEQ, rows=ROWS, losses=[{"name": "cross_entropy"}], save_tokens=1 << 40
     )  # fmt: skip
     blocks = TrainBlocks(tokens, SEQ, ROWS, 0, None)
-    rows = torch.cat([blocks.batch(step) for step in range(steps)])
+    rows = torch.cat([blocks.batch(step).ids for step in range(steps)])
     run = Run(accelerator=Accelerator(cpu=not torch.cuda.is_available()), seed=0, scratch=Path(), metrics=None, progress=None)
 
     def ours(folder: Path) -> float:
         model = LlamaForCausalLM(config(hidden)).train()
         trained = dict(model.named_parameters())
-        micro_step = options.start(model, None, rows[:ROWS])
+        micro_step = options.start(model, None, Batch(rows[:ROWS]))
         start = State(position=Position(stage=0, step=0), weights={}, moments={})
         began = time.perf_counter()
         train(run, 0, "bench", options, micro_step, trained, {}, blocks, start)

@@ -33,6 +33,8 @@ class LayerSignals:
     """The layer's output, [B, T, D]."""
     position_embeddings: tuple[Tensor, Tensor]
     """cos and sin, [B, T, d]."""
+    attention_mask: Any
+    """What its mixer masks scores with, in the form that the model's attention takes; None is plain causal."""
 
 
 class Projection:
@@ -102,8 +104,10 @@ def visit_layers(
 
     def on_mixer(projection: Projection) -> Callable[..., None]:
         def hook(module: Any, args: Any, kwargs: dict[str, Any], out: Any) -> None:
-            inner.update(normed=kwargs["hidden_states"], mixed=out[0], position_embeddings=kwargs["position_embeddings"])
-            inner.update(context=projection.context_of(out[0]))
+            inner.update(
+                normed=kwargs["hidden_states"], mixed=out[0], position_embeddings=kwargs["position_embeddings"],
+                attention_mask=kwargs["attention_mask"], context=projection.context_of(out[0]),
+            )  # fmt: skip
 
         return hook
 

@@ -1,14 +1,15 @@
 """run: the verbs in order, each skipped when its output already matches. No scheduler, no state but the directory.
 
 WORK/recipe.yaml  plan.json  converted/  distilled/  report-base.json  report-converted.json  report.json
-     verdict.json  report.html
+     verdict.json  report.html  tokens/
 """
 
 import dataclasses
 import logging
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +21,22 @@ from hybridize.checkpoint import open_base
 from hybridize.conversions import CONVERSIONS, convert
 from hybridize.conversions import plan as make_plan
 from hybridize.core import Plan, Report, Scores, Verdict, digest, read_json
-from hybridize.data import Tokens, eval_blocks, read_documents, split_documents, tokenize
+from hybridize.data import (
+    Mixture,
+    Sources,
+    Tokens,
+    document_hash,
+    is_held_out,
+    read_documents,
+    read_tokens,
+    spread_blocks,
+    weighted_sources,
+)
 from hybridize.distill import STAGES, distill
 from hybridize.errors import CheckpointError, ConfigError, DataError
 from hybridize.eval import GATES, PROBES, comparison_table, evaluate, gate, report
 from hybridize.lineage import is_complete
-from hybridize.recipe import Recipe
+from hybridize.recipe import Recipe, text_sources
 from hybridize.storage import write_json, write_text
 
 log = logging.getLogger(__name__)
@@ -61,12 +72,12 @@ def check_components(recipe: Recipe) -> None:
 
 
 def fitted(stages: list[dict[str, Any]], config: Any) -> list[dict[str, Any]]:
-    """Stages with rows no longer than the checkpoint's context, as recipes name no model sizes."""
+    """Stages with rows no longer than the checkpoint's context, but for those that say so, as recipes name no model sizes."""
     context = getattr(config, "max_position_embeddings", None)
     out = []
     for stage in stages:
         built = STAGES.build(stage)
-        if context and built.seq_tokens > context:
+        if context and built.seq_tokens > context and not built.beyond_context:
             log.info("stage %s: rows of %d tokens, the checkpoint's context", stage["name"], context)
             stage = {**stage, "seq_tokens": context}
         out.append(stage)
@@ -96,54 +107,93 @@ def load_tokenizer(path: Path) -> Any:
     return AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
 
 
-def pieces(documents: list[str]) -> list[str]:
-    """Documents, cut at line ends when they are too few to be split fairly."""
-    if len(documents) >= FEWEST_DOCUMENTS:
-        return documents
-    out: list[str] = []
-    for document in documents:
-        held: list[str] = []
-        size = 0
-        for line in document.splitlines(keepends=True):
-            held.append(line)
-            size += len(line)
-            if size >= PIECE_CHARS:
-                out.append("".join(held).rstrip("\n"))
-                held, size = [], 0
-        if held:
-            out.append("".join(held).rstrip("\n"))
-    return out
+def cut(document: str) -> Iterator[str]:
+    """A document in pieces of about PIECE_CHARS, cut at line ends."""
+    held: list[str] = []
+    size = 0
+    for line in document.splitlines(keepends=True):
+        held.append(line)
+        size += len(line)
+        if size >= PIECE_CHARS:
+            yield "".join(held).rstrip("\n")
+            held, size = [], 0
+    if held:
+        yield "".join(held).rstrip("\n")
 
 
-def split_text(tokenizer: Any, data: str, held_out: str | None, share: float) -> tuple[Tokens, Tokens]:
-    """Text to train on and text to measure on, as tokens.
+def split_text(
+    tokenizer: Any, data: Sources, held_out: str | None, share: float, cache: Path | None = None, progress: Progress | None = None
+) -> tuple[Tokens | Mixture, Tokens]:
+    """Text to train on and text to measure on, as tokens. No document is on both sides, whatever sources hold it.
+
+    Documents are cut when all sources together have too few of them to be split fairly.
+
+    Args:
+        tokenizer: of the base.
+        data: what to train on: a source, or several with weights.
+        held_out: what to measure on; None is a share of `data`'s documents, by hash, from every source.
+        share: of the documents.
+        cache: folder for tokens; None keeps them in memory.
+        progress: called with (label, done, total).
 
     Raises:
         DataError: one of the two sides would be empty.
     """
-    documents = pieces(list(read_documents(data)))
-    if held_out is not None:
-        return tokenize(tokenizer, documents), tokenize(tokenizer, list(read_documents(held_out)))
-    train, kept = split_documents(documents, share)
-    if not train or not kept:
-        raise DataError(f"{data}: too little text to hold {share:.0%} out; give text of its own with --held-out")
-    return tokenize(tokenizer, train), tokenize(tokenizer, kept)
+    sources = weighted_sources(data)
+    first = islice((None for source in sources for _ in read_documents(source)), FEWEST_DOCUMENTS)
+    few = sum(1 for _ in first) < FEWEST_DOCUMENTS
+    kept = {document_hash(document) for document in read_documents(held_out)} if held_out is not None else set()
+
+    def too_little(source: str) -> str:
+        return f"{source}: too little text to hold {share:.0%} out; give text of its own with --held-out"
+
+    def documents(source: str, training: bool) -> Iterator[str]:
+        found = False
+        for whole in read_documents(source):
+            if kept and document_hash(whole) in kept:
+                continue
+            for document in cut(whole) if few else (whole,):
+                if held_out is not None or is_held_out(document, share) != training:
+                    found = True
+                    yield document
+        if training and not found:
+            raise DataError(
+                f"{source}: all of it is in {held_out}; give other text with --held-out" if kept else too_little(source)
+            )
+
+    def measured(_: str) -> Iterator[str]:
+        if held_out is not None:
+            yield from read_documents(held_out)
+            return
+        found = False
+        for document in (document for source in sources for document in documents(source, training=False)):
+            found = True
+            yield document
+        if not found:
+            raise DataError(too_little(", ".join(sources)))
+
+    train = read_tokens(tokenizer, data, cache, progress, lambda source: documents(source, training=True))
+    test = read_tokens(tokenizer, held_out or "held out", cache, progress, measured)
+    assert isinstance(test, Tokens)
+    return train, test
 
 
-def calibration_rows(tokens: Tokens, recipe: Recipe, config: Any) -> Tensor:
-    """Rows for calibrated conversions, [N, T] int64, spread evenly over the text."""
+def calibration_rows(text: Tokens | Mixture, recipe: Recipe, config: Any) -> Tensor:
+    """Rows for calibrated conversions, [N, T] int64, spread evenly over each text, as many of each as its weight asks for."""
     context = min(recipe.data.calibration_seq_tokens, getattr(config, "max_position_embeddings", None) or 1 << 30)
-    blocks = eval_blocks(tokens, context, tokens.bos_id)
     wanted = max(1, recipe.data.calibration_tokens // context)
-    if len(blocks) <= wanted:
-        return blocks
-    return blocks[torch.linspace(0, len(blocks) - 1, wanted).long()]
+    if isinstance(text, Tokens):
+        return spread_blocks(text, context, text.bos_id, wanted)
+    places = [text.place(row)[0] for row in range(wanted)]
+    return torch.cat(
+        [spread_blocks(part, context, part.bos_id, places.count(i)) for i, part in enumerate(text.parts) if i in places]
+    )  # fmt: skip
 
 
 def run(
     recipe: Recipe,
     base: Path,
-    data: str,
+    data: str | Mapping[str, float] | None,
     out: Path,
     held_out: str | None = None,
     resume: bool = False,
@@ -155,7 +205,8 @@ def run(
     Args:
         recipe: what to do.
         base: directory of the base checkpoint.
-        data: text to train on; without `held_out` a share of its documents is kept for evaluation.
+        data: text to train on, a source or {source: weight}, None for the recipe's `data.mixture`; without `held_out` a share
+            of its documents is kept for evaluation.
         out: the working directory.
         held_out: text to evaluate on.
         resume: go on with a run that was killed; finished steps are skipped either way when they match.
@@ -174,9 +225,11 @@ def run(
     checkpoint = open_base(base)
     plan = make_plan(checkpoint, recipe.plan, recipe.name, recipe.seed, scores)
     stages = fitted(recipe.distill, checkpoint.config)
+    sources = text_sources(recipe, data)
+    weighted_sources(sources)  # a wrong one is found before any work
     _claim(out, recipe, plan)
-    train, test = split_text(load_tokenizer(base), data, held_out, recipe.data.held_out_share)
-    log.info("text: %d tokens to train on, %d held out", len(train.ids), len(test.ids))
+    share = recipe.data.held_out_share
+    train, test = split_text(load_tokenizer(base), sources, held_out, share, out / "tokens", progress)
 
     converted, distilled = out / "converted", out / "distilled"
     text = calibration_rows(train, recipe, checkpoint.config) if calibrated_layers(plan) else None

@@ -6,6 +6,7 @@ rest of the recipe. `--set a.b=c` overrides any key, after that; a number in a p
 (`distill.0.tokens=1000000`).
 """
 
+from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -26,8 +27,10 @@ class Section(BaseModel):
 
 
 class DataSection(Section):
-    """How text is split and how much of it calibrates a seed."""
+    """What the text is, how it is split and how much of it calibrates a seed."""
 
+    mixture: dict[str, float] | None = None
+    """Source -> its share of the training rows, up to a common factor. None takes the text that the call names."""
     held_out_share: float = Field(default=0.05, gt=0, lt=1)
     """Share of the documents, by hash, kept for evaluation where no text of its own is given for that."""
     calibration_tokens: int = Field(default=12_288, ge=1)
@@ -166,6 +169,32 @@ def parse_recipe(data: dict[str, Any], where: str) -> Recipe:
                 f"recipe {where}: unknown key {place!r}. {suggest(place.split('.')[-1], sorted(known.model_fields))}"
             ) from error
         raise ConfigError(f"recipe {where}: {place}: {first['msg'].lower()}, got {first.get('input')!r}") from error
+
+
+def text_sources(recipe: Recipe, data: str | Mapping[str, float] | None) -> str | Mapping[str, float]:
+    """The text to train on: what the call names, else the recipe's mixture.
+
+    In a call a mixture is the recipe's mapping in braces, `{web/*.jsonl: 0.7, books.parquet: 0.3}`. No source that can be read
+    ends with a brace, so it cannot be mistaken for one.
+
+    Raises:
+        ConfigError: neither or both name a text, or braces that hold no mapping.
+    """
+    if data is None and recipe.data.mixture is None:
+        raise ConfigError("--data is missing, and the recipe has no data.mixture; give the text to calibrate and train on")
+    if data is not None and recipe.data.mixture is not None:
+        raise ConfigError("the text is given twice, by --data and by data.mixture of the recipe; leave one out")
+    if data is None:
+        return dict(recipe.data.mixture or {})
+    if not isinstance(data, str) or not data.strip().startswith("{") or not data.strip().endswith("}"):
+        return data
+    try:
+        found = parse_yaml(data, "--data")
+    except ConfigError as error:
+        raise ConfigError(f"{error}; put a source with a ? or [ in it, or a * in front, in quotes") from error
+    if not isinstance(found, dict) or not all(isinstance(source, str) for source in found):
+        raise ConfigError(f"--data: got {data!r}, expected {{source: weight, ...}} such as {{a.txt: 0.7, b.jsonl: 0.3}}")
+    return found
 
 
 def _override(data: dict[str, Any], text: str) -> None:

@@ -225,6 +225,19 @@ def sweep(out: Path) -> None:
     partial.rmdir()
 
 
+@contextlib.contextmanager
+def exclusive(folder: Path) -> Iterator[None]:
+    """Make a folder where it is missing and hold it: other processes that ask wait. Ends with the block, or the process."""
+    with disk_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
+
+
 class Staging:
     """A directory in the making. Use as a context manager; `finish()` gives it its final name.
 

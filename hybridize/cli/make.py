@@ -7,7 +7,7 @@ from typing import Annotated, Optional
 import typer
 
 from hybridize.cli import shared
-from hybridize.cli.shared import BaseArg, DataOpt, DirArg, OutOpt, RecipeOpt, ResumeOpt, ScoresOpt, SetOpt, cli
+from hybridize.cli.shared import BaseArg, CacheOpt, DataOpt, DirArg, OutOpt, RecipeOpt, ResumeOpt, ScoresOpt, SetOpt, cli
 from hybridize.errors import ConfigError
 
 
@@ -82,6 +82,7 @@ def convert(
     plan_file: Annotated[Optional[Path], typer.Option("--plan", help="A plan.json instead of a recipe.")] = None,  # noqa: UP045
     scores: ScoresOpt = None,
     data: DataOpt = None,
+    token_cache: CacheOpt = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, write nothing.")] = False,
     resume: ResumeOpt = False,
     set_: SetOpt = [],  # noqa: B006
@@ -91,10 +92,10 @@ def convert(
     from hybridize.conversions import convert as run_convert
     from hybridize.conversions import plan as make_plan
     from hybridize.core import Plan
-    from hybridize.data import read_documents, tokenize
+    from hybridize.data import read_tokens
     from hybridize.hub import resolve_base
     from hybridize.pipeline import calibrated_layers, calibration_rows, load_tokenizer, need_text
-    from hybridize.recipe import parse_recipe
+    from hybridize.recipe import parse_recipe, text_sources
 
     if (recipe is None) == (plan_file is None):
         raise ConfigError("convert: give either --recipe or --plan")
@@ -109,9 +110,9 @@ def convert(
         made = make_plan(checkpoint, chosen.plan, chosen.name, chosen.seed, shared.read_scores(scores))
     text = None
     if calibrated_layers(made):
-        if data is None:
+        if data is None and chosen.data.mixture is None:
             raise ConfigError(need_text(made))
-        tokens = tokenize(load_tokenizer(folder), read_documents(data))
+        tokens = read_tokens(load_tokenizer(folder), text_sources(chosen, data), token_cache, shared.screen.progress)
         text = calibration_rows(tokens, chosen, checkpoint.config)
     summary = run_convert(made, out, text, resume=resume, dry_run=dry_run, progress=shared.screen.progress, base_path=folder)
     shared.show_plan(made)
@@ -135,6 +136,7 @@ def distill(
     data: DataOpt = None,
     teacher: Annotated[Optional[str], typer.Option(help="Default: the base that the hybrid's lineage names.")] = None,  # noqa: UP045
     track: Annotated[Optional[str], typer.Option(help="A tracker for accelerate, such as tensorboard.")] = None,  # noqa: UP045
+    token_cache: CacheOpt = None,
     resume: ResumeOpt = False,
     set_: SetOpt = [],  # noqa: B006
 ) -> None:
@@ -145,15 +147,14 @@ def distill(
     from hybridize.checkpoint import open_checkpoint
     from hybridize.distill import distill as run_distill
     from hybridize.pipeline import fitted
+    from hybridize.recipe import text_sources
 
-    if data is None:
-        raise ConfigError("--data is missing; give the text to train on")
     found = open_checkpoint(checkpoint)
     chosen = shared.load(recipe, set_, found.config)
     stages = fitted(chosen.distill, found.config)
     shown = shared.screen.progress if os.environ.get("RANK", "0") == "0" else None
-    result = run_distill(checkpoint, stages, data, out, teacher=teacher, resume=resume, seed=chosen.seed, progress=shown,
-                         tracker=track)  # fmt: skip
+    result = run_distill(checkpoint, stages, text_sources(chosen, data), out, teacher=teacher, resume=resume, seed=chosen.seed,
+                         progress=shown, tracker=track, token_cache=token_cache)  # fmt: skip
     if shown is not None:
         shared.screen.say(f"wrote {result}")
         shared.screen.result({"out": str(result), "stages": [stage["name"] for stage in stages]})
@@ -171,14 +172,13 @@ def run(
     set_: SetOpt = [],  # noqa: B006
 ) -> None:
     """Plan, convert, distill, evaluate, gate and report. Steps whose output matches are skipped."""
-    if data is None:
-        raise ConfigError("--data is missing; give the text to calibrate and train on")
     _run(recipe, set_, base, data, out, held_out, resume, scores)
 
 
 def _run(
-    recipe: str, set_: list[str], base: str, data: str, out: Path, held_out: str | None, resume: bool, scores: Path | None = None
-) -> None:
+    recipe: str, set_: list[str], base: str, data: str | None, out: Path, held_out: str | None, resume: bool,
+    scores: Path | None = None,
+) -> None:  # fmt: skip
     from hybridize.checkpoint import describe_base
     from hybridize.hub import resolve_base
     from hybridize.pipeline import run as run_all

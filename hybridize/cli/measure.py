@@ -6,7 +6,7 @@ from typing import Annotated, Any, Optional
 import typer
 
 from hybridize.cli import shared
-from hybridize.cli.shared import BaseArg, DataOpt, DirArg, RecipeOpt, SetOpt, cli
+from hybridize.cli.shared import BaseArg, DirArg, RecipeOpt, SetOpt, TextOpt, cli
 from hybridize.errors import ConfigError
 
 
@@ -15,7 +15,7 @@ def score(
     base: BaseArg,
     metric: Annotated[list[str], typer.Option("--metric", help="energy, fisher, or {name: fisher, samples: 512}; repeatable.")],
     out: Annotated[Path, typer.Option("--out", help="Write the scores as JSON.")],
-    data: DataOpt = None,
+    data: TextOpt = None,
     recipe: Annotated[Optional[str], typer.Option(help="Its mixers are the candidates. Default: all, as they come.")] = None,  # noqa: UP045
     set_: SetOpt = [],  # noqa: B006
 ) -> None:
@@ -64,7 +64,7 @@ def eval_(
     tasks: Annotated[Optional[str], typer.Option(help="lm-eval tasks, with commas between.")] = None,  # noqa: UP045
     include_path: Annotated[Optional[Path], typer.Option(help="Directory of your own lm-eval YAML tasks.")] = None,  # noqa: UP045
     recipe: RecipeOpt = None,
-    data: DataOpt = None,
+    data: TextOpt = None,
     base: Annotated[Optional[str], typer.Option(help="For probes that compare. Default: the hybrid's own.")] = None,  # noqa: UP045
     limit: Annotated[Optional[int], typer.Option(help="At most so many items in each probe.")] = None,  # noqa: UP045
     set_: SetOpt = [],  # noqa: B006

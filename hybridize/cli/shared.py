@@ -25,7 +25,15 @@ BaseArg = Annotated[str, typer.Argument(metavar="BASE", help="Directory, hub id,
 DirArg = Annotated[Path, typer.Argument(metavar="DIR", help="Directory of a checkpoint.")]
 RecipeOpt = Annotated[Optional[str], typer.Option("--recipe", help="A recipe file, or the name of a built-in one.")]  # noqa: UP045
 SetOpt = Annotated[list[str], typer.Option("--set", metavar="KEY=VALUE", help="Override a recipe key: plan.keep=all.")]
-DataOpt = Annotated[Optional[str], typer.Option("--data", metavar="TEXT", help=".txt, .jsonl, .parquet, glob or hub id.")]  # noqa: UP045
+DataOpt = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option("--data", metavar="TEXT", help=".txt, .jsonl, .parquet, glob, hub id, or {a.txt: 0.7, b.jsonl: 0.3}."),
+]
+TextOpt = Annotated[Optional[str], typer.Option("--data", metavar="TEXT", help=".txt, .jsonl, .parquet, glob or hub id.")]  # noqa: UP045
+CacheOpt = Annotated[
+    Optional[Path],  # noqa: UP045
+    typer.Option("--token-cache", help="Folder that keeps the tokens of texts, for other runs to use."),
+]
 ScoresOpt = Annotated[Optional[Path], typer.Option("--scores", help="A scores.json, for ranks that follow it.")]  # noqa: UP045
 OutOpt = Annotated[Path, typer.Option("--out", help="Where to write; must not exist yet.")]
 ResumeOpt = Annotated[bool, typer.Option("--resume", help="Go on with what a killed run left.")]

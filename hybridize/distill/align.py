@@ -11,8 +11,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.masking_utils import find_packed_sequence_indices
 
 from hybridize.capture import LayerSignals, Projection, visit_layers
+from hybridize.data import Batch
 from hybridize.distill.options import StageOptions, autocast, converted_layers
 from hybridize.distill.signals import Signals
 from hybridize.errors import ConfigError
@@ -43,9 +45,9 @@ class Align(StageOptions):
             if name.startswith(f"model.layers.{index}.self_attn.")
         }
 
-    def start(self, student: Any, teacher: Any, first_ids: Tensor) -> "AlignStep":
-        """The step of this stage; `first_ids` [B, T] are the tokens that scales are measured on."""
-        return AlignStep(self, student, teacher, first_ids)
+    def start(self, student: Any, teacher: Any, first: Batch) -> "AlignStep":
+        """The step of this stage; `first` holds the tokens that scales are measured on."""
+        return AlignStep(self, student, teacher, first)
 
 
 def aligned_layers(student: Any) -> list[int]:
@@ -59,25 +61,31 @@ def aligned_layers(student: Any) -> list[int]:
 class AlignStep:
     """One micro-batch of alignment: forward, loss and backward, layer by layer."""
 
-    def __init__(self, options: Align, student: Any, teacher: Any, first_ids: Tensor):
+    def __init__(self, options: Align, student: Any, teacher: Any, first: Batch):
         self.options, self.student, self.teacher = options, student, teacher
         self.losses = options.build_losses({"mixed", "hidden", "context", "matrix", "heads"}, "align")
         self.needs = frozenset().union(*(loss.needs for loss in self.losses.values()))
         self.layers = aligned_layers(student)
         self.scales: dict[int, dict[str, Any]] = {}
-        memories = self._memories()
-        with autocast(first_ids.device, options):
-            visit_layers(teacher, first_ids, self.layers, partial(self._measure, memories))
+        if options.documents == "reset" and self.needs & {"matrix", "heads"}:
+            raise ConfigError(
+                "stage 'align': documents is reset, and a loss compares matrices over whole rows; expected documents: joined"
+            )
+        with autocast(first.ids.device, options):
+            visit_layers(teacher, layers=self.layers, visit=partial(self._measure, self._extra(first)), **first.inputs())
         if options.gradient_checkpointing:
             raise ConfigError("stage 'align': gradient_checkpointing is true, expected false: one layer's graph is all it keeps")
 
-    def _memories(self) -> dict[str, Any]:
-        """What the student's mixers get beside their input and the angles: where layers leave memories, if some layer reads one.
+    def _extra(self, batch: Batch) -> dict[str, Any]:
+        """What mixers get beside input, angles and mask: places in documents, and where memories are left, if one is read.
 
         Layers come from the bottom up, so that what a layer reads is there: the student's memory, from the teacher's input.
         """
         read = self.student.model.read_layers
-        return {"memories": Memories(read)} if read else {}
+        extra: dict[str, Any] = {"memories": Memories(read)} if read else {}
+        if batch.positions is not None:
+            extra |= {"position_ids": batch.positions, "segment_ids": find_packed_sequence_indices(batch.positions)}
+        return extra
 
     def _measure(self, extra: dict[str, Any], signals: LayerSignals) -> None:
         """Mean square of the median token's mixer output, of its whole update, and of what the mixer's projection reads.
@@ -113,8 +121,9 @@ class AlignStep:
         layer = self.student.model.layers[signals.index]
         with Projection(layer.self_attn) as projection:
             mixed, _ = layer.self_attn(
-                hidden_states=layer.input_layernorm(signals.hidden), position_embeddings=signals.position_embeddings, **extra
-            )
+                hidden_states=layer.input_layernorm(signals.hidden), position_embeddings=signals.position_embeddings,
+                attention_mask=signals.attention_mask, **extra,
+            )  # fmt: skip
         return mixed, projection.context_of(mixed)
 
     def layer_losses(self, signals: LayerSignals, extra: dict[str, Any]) -> Iterator[tuple[str, Tensor, float]]:
@@ -122,7 +131,7 @@ class AlignStep:
 
         Args:
             signals: the teacher's, of this layer.
-            extra: what the student's mixer gets beside its input and the angles.
+            extra: what the student's mixer gets beside its input, the angles and the mask.
         """
         layer = self.student.model.layers[signals.index]
         theirs = self.teacher.model.layers[signals.index].self_attn
@@ -145,31 +154,32 @@ class AlignStep:
         for name, loss in self.losses.items():
             yield name, loss(student, teacher, None), loss.weight
 
-    def __call__(self, ids: Tensor, share: float) -> dict[str, Tensor]:
+    def __call__(self, batch: Batch, share: float) -> dict[str, Tensor]:
         """Add `share` times the gradient of one micro-batch to the trained parameters.
 
         Args:
-            ids: [B, T], int64.
+            batch: B rows of T tokens.
             share: this micro-batch's part of the step's tokens.
 
         Returns:
             Losses: each loss by name as the mean over layers, and each layer's total under `layer.<index>`.
         """
         parts: dict[str, Tensor] = {}
-        extra = self._memories()
+        extra = self._extra(batch)
+        device = batch.ids.device
 
         def visit(signals: LayerSignals) -> None:
-            with torch.enable_grad(), autocast(ids.device, self.options):
-                total = torch.zeros((), device=ids.device)
+            with torch.enable_grad(), autocast(device, self.options):
+                total = torch.zeros((), device=device)
                 for name, value, weight in self.layer_losses(signals, extra):
                     total = total + weight * value
                     parts[name] = parts.get(name, 0) + value.detach() / len(self.layers)
             total.backward(torch.full_like(total, share / len(self.layers)))
-            for memories in extra.values():
-                memories.detach()
+            if "memories" in extra:
+                extra["memories"].detach()
             parts[f"layer.{signals.index}"] = total.detach()
 
-        with autocast(ids.device, self.options):
-            visit_layers(self.teacher, ids, self.layers, visit)
+        with autocast(device, self.options):
+            visit_layers(self.teacher, layers=self.layers, visit=visit, **batch.inputs())
         parts["loss"] = torch.stack([parts[f"layer.{index}"] for index in self.layers]).mean()
         return parts

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from hybridize.capture import layer_outputs
+from hybridize.data import Batch
 from hybridize.distill.options import StageOptions, autocast, converted_layers
 from hybridize.distill.signals import Head, Signals
 from hybridize.errors import ConfigError
@@ -25,8 +26,8 @@ class KLStage(StageOptions):
     def candidates(self, student: Any) -> dict[str, nn.Parameter]:
         return dict(student.named_parameters())
 
-    def start(self, student: Any, teacher: Any, first_ids: Tensor) -> "KLStep":
-        """The step of this stage; `first_ids` is not used: nothing is measured beforehand."""
+    def start(self, student: Any, teacher: Any, first: Batch) -> "KLStep":
+        """The step of this stage; `first` is not used: nothing is measured beforehand."""
         return KLStep(self, student, teacher)
 
 
@@ -58,26 +59,27 @@ class KLStep:
         depth, converted = self.student.config.num_hidden_layers, converted_layers(self.student)
         return sorted({index for loss in asking for index in loss.chosen(depth, converted)})
 
-    def _signals(self, model: Any, ids: Tensor) -> Signals:
-        with layer_outputs(model, self.layers) as layers, autocast(ids.device, self.options):
-            hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state
+    def _signals(self, model: Any, batch: Batch) -> Signals:
+        with layer_outputs(model, self.layers) as layers, autocast(batch.ids.device, self.options):
+            hidden = model.model(**batch.inputs(), use_cache=False).last_hidden_state
         # A residual stream in fp32 would take the head out of the tensor cores' reach.
         hidden = hidden.to(torch.bfloat16) if self.options.dtype == "bf16" else hidden
-        return Signals(hidden=hidden, head=Head(weight=model.lm_head.weight), ids=ids, layers=layers)
+        head = Head(weight=model.lm_head.weight)
+        return Signals(hidden=hidden, head=head, ids=batch.ids, positions=batch.positions, layers=layers)
 
-    def __call__(self, ids: Tensor, share: float) -> dict[str, Tensor]:
+    def __call__(self, batch: Batch, share: float) -> dict[str, Tensor]:
         """Add `share` times the gradient of one micro-batch to the trained parameters.
 
         Args:
-            ids: [B, T], int64.
+            batch: B rows of T tokens.
             share: this micro-batch's part of the step's tokens.
 
         Returns:
             Losses: each by name, and their weighted sum under `loss`.
         """
         with torch.no_grad():
-            teacher = self._signals(self.teacher, ids) if self.needs_teacher else Signals()
-        student = self._signals(self.student, ids)
+            teacher = self._signals(self.teacher, batch) if self.needs_teacher else Signals()
+        student = self._signals(self.student, batch)
         parts = {name: loss(student, teacher, None) for name, loss in self.losses.items()}
         total = torch.stack([loss.weight * parts[name] for name, loss in self.losses.items()]).sum()
         (total * share).backward()

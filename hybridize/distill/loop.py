@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from hybridize.data import TrainBlocks
+from hybridize.data import Batch, TrainBlocks
 from hybridize.distill.options import StageOptions
 from hybridize.distill.saves import Position, State, moments_of, restore_moments, write_state
 from hybridize.errors import ConfigError, TrainingError
@@ -27,7 +27,7 @@ from hybridize.storage import append_stream, disk_errors, write_text
 
 log = logging.getLogger(__name__)
 
-MicroStep = Callable[[Tensor, float], dict[str, Tensor]]
+MicroStep = Callable[[Batch, float], dict[str, Tensor]]
 Progress = Callable[[str, float, float], None]
 
 
@@ -84,7 +84,7 @@ def seed_of(*parts: int) -> int:
     return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "big") >> 1
 
 
-def own_rows(batch: Tensor, rank: int, world: int) -> Tensor:
+def own_rows(batch: Batch, rank: int, world: int) -> Batch:
     """The rows of a step's batch that one process works on. Raises ConfigError when they cannot be shared out evenly."""
     if len(batch) % world:
         raise ConfigError(
@@ -94,7 +94,7 @@ def own_rows(batch: Tensor, rank: int, world: int) -> Tensor:
     return batch[rank * share : (rank + 1) * share]
 
 
-def gradients(run: Run, options: StageOptions, micro_step: MicroStep, trained: dict[str, nn.Parameter], batch: Tensor) -> dict:
+def gradients(run: Run, options: StageOptions, micro_step: MicroStep, trained: dict[str, nn.Parameter], batch: Batch) -> dict:
     """Gradients of one step, summed over micro-batches and processes, and its losses, {name: value}.
 
     Every row has the same number of tokens, so the shares by rows are shares by tokens.
@@ -102,9 +102,9 @@ def gradients(run: Run, options: StageOptions, micro_step: MicroStep, trained: d
     accelerator = run.accelerator
     rows = own_rows(batch, accelerator.process_index, accelerator.num_processes)
     sums: dict[str, Tensor] = {}
-    for ids in rows.split(options.rows):
-        share = len(ids) / len(batch)
-        for name, value in micro_step(ids.to(accelerator.device), share).items():
+    for part in rows.split(options.rows):
+        share = len(part) / len(batch)
+        for name, value in micro_step(part.to(accelerator.device), share).items():
             sums[name] = sums.get(name, 0) + value.float() * share
     values = torch.stack(list(sums.values()))
     if accelerator.num_processes > 1:
@@ -137,7 +137,7 @@ def train(
         stage: the stage's number, from 0.
         name: its name, for logs and messages.
         options: its options.
-        micro_step: takes (ids [B, T], share) and adds that share of the gradient.
+        micro_step: takes (batch, share) and adds that share of the gradient.
         trained: the parameters to train, fp32, already holding `start`'s weights.
         carried: weights that earlier stages trained, to be saved along.
         blocks: the batches.

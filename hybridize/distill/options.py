@@ -20,6 +20,10 @@ class StageOptions:
     """Budget; the last, partial step is left out."""
     seq_tokens: int = 2048
     """Length of a row, BOS counted."""
+    beyond_context: bool = False
+    """Whether rows may be longer than the student's max_position_embeddings."""
+    documents: Literal["joined", "reset"] = "joined"
+    """joined: a row is one stretch of text. reset: positions begin again at each document and nothing is seen across."""
     rows: int = 8
     """Most rows that a process takes through the model at once."""
     accumulate: int = 1

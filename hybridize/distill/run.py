@@ -14,7 +14,7 @@ from transformers import AutoTokenizer
 
 from hybridize.checkpoint import load_model, open_checkpoint, save_checkpoint
 from hybridize.core import digest
-from hybridize.data import Tokens, TrainBlocks, read_documents, tokenize
+from hybridize.data import Mixture, Sources, Tokens, TrainBlocks, read_tokens
 from hybridize.distill.loop import Metrics, Progress, Run, fork_random, seed_of, train
 from hybridize.distill.saves import Position, State, read_latest_state, write_state
 from hybridize.distill.stages import STAGES
@@ -34,9 +34,9 @@ def metrics_path(out: Path | str) -> Path:
 
 
 def distill(
-    student_dir: Path | str, stages: list[dict[str, Any]], text: str | Path | Tokens, out: Path | str,
+    student_dir: Path | str, stages: list[dict[str, Any]], text: Sources | Tokens | Mixture, out: Path | str,
     teacher: str | Path | None = None, resume: bool = False, seed: int = 0, progress: Progress | None = None,
-    tracker: Any = None,
+    tracker: Any = None, token_cache: Path | None = None,
 ) -> Path:  # fmt: skip
     """Train a hybrid against its teacher, stage after stage, and write the result as a directory like the student's.
 
@@ -46,12 +46,13 @@ def distill(
     Args:
         student_dir: a hybrid directory; its dtypes are those of the output, whatever the training ran in.
         stages: {"name": "align" | "kl", **options} each; see StageOptions.
-        text: what to train on: a source as `data.read_documents` takes it, or a text tokenised already.
+        text: what to train on, all of it: a source as `data.read_documents` takes it, several as {source: weight}, or tokens.
         out: the output directory; must not exist. Its `<out>.metrics.jsonl` appears beside it.
         teacher: a directory; None is the base that the student's lineage names.
         resume: go on with what a killed run left.
         seed: of data order and dropout.
         progress: called with (label, tokens done, tokens in all) after each step.
+        token_cache: folder that keeps the tokens of sources; None is `<out>.tokens`, beside the output.
         tracker: for Accelerate's `log_with`: a name such as "tensorboard", or a GeneralTracker.
 
     Returns:
@@ -71,7 +72,11 @@ def distill(
     lineage = read_lineage(student_dir)
     teacher_dir = Path(teacher if teacher is not None else lineage["base"]["location"])
     accelerator = _accelerator(tracker, out)
-    tokens = text if isinstance(text, Tokens) else _read(student_dir, text)
+    if isinstance(text, (Tokens, Mixture)):
+        tokens = text
+    else:
+        cache = token_cache or out.with_name(f"{out.name}.tokens")
+        tokens = _read(student_dir, text, cache, progress if accelerator.is_main_process else None)
     specs = [STAGES.spec(name, options) for name, options in built]
     record = {
         "stages": specs, "seed": seed, "text": tokens.sha256, "student": _fingerprint(student_dir),
@@ -113,9 +118,9 @@ def _accelerator(tracker: Any, out: Path) -> Accelerator:
     return accelerator
 
 
-def _read(student_dir: Path, text: str | Path) -> Tokens:
+def _read(student_dir: Path, text: Sources, cache: Path, progress: Progress | None) -> Tokens | Mixture:
     tokenizer = AutoTokenizer.from_pretrained(student_dir, local_files_only=True, trust_remote_code=False)
-    return tokenize(tokenizer, read_documents(text))
+    return read_tokens(tokenizer, text, cache, progress)
 
 
 def _fingerprint(folder: Path) -> str:
@@ -125,7 +130,7 @@ def _fingerprint(folder: Path) -> str:
 
 
 def _train_all(
-    accelerator: Accelerator, stages: list[tuple[str, Any]], student_dir: Path, teacher_dir: Path, tokens: Tokens,
+    accelerator: Accelerator, stages: list[tuple[str, Any]], student_dir: Path, teacher_dir: Path, tokens: Tokens | Mixture,
     out: Path, seed: int, progress: Progress | None,
 ) -> State:  # fmt: skip
     scratch = partial_folder(out) / "scratch"
@@ -146,14 +151,21 @@ def _train_all(
 
 
 def _train_stage(
-    run: Run, index: int, name: str, options: Any, student_dir: Path, teacher_dir: Path, tokens: Tokens, state: State
+    run: Run, index: int, name: str, options: Any, student_dir: Path, teacher_dir: Path, tokens: Tokens | Mixture, state: State
 ) -> dict[str, Tensor]:
     """Load, train, and return every weight trained so far, fp32 on the CPU."""
     device = run.accelerator.device
     student, teacher, trained = load_pair(student_dir, teacher_dir, options, name, state.weights, device)
-    blocks = TrainBlocks(tokens, options.seq_tokens, options.step_rows, seed_of(run.seed, index), tokens.bos_id)
-    if blocks.ids.max() >= student.config.vocab_size:
-        raise ConfigError(f"data: token {blocks.ids.max()} is outside the student's vocabulary of {student.config.vocab_size}")
+    blocks = TrainBlocks(
+        tokens, options.seq_tokens, options.step_rows, seed_of(run.seed, index), tokens.bos_id, options.documents
+    )  # fmt: skip
+    if tokens.max_id >= student.config.vocab_size:
+        raise ConfigError(f"data: token {tokens.max_id} is outside the student's vocabulary of {student.config.vocab_size}")
+    if options.seq_tokens > student.config.max_position_embeddings and not options.beyond_context:
+        raise ConfigError(
+            f"stage {name!r}: seq_tokens is {options.seq_tokens}, expected at most the student's max_position_embeddings of "
+            f"{student.config.max_position_embeddings}; set beyond_context to true to train beyond it"
+        )
     micro_step = options.start(student, teacher, blocks.batch(0)[: options.rows].to(device))
     carried = {key: value for key, value in state.weights.items() if key not in trained}
     log.info("distill: stage %d (%s): %d parameters, %d steps", index + 1, name, len(trained), options.steps)

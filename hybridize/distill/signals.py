@@ -41,6 +41,8 @@ class Signals:
     head: Head | None = None
     ids: Tensor | None = None
     """The tokens that were read, [B, T], int64."""
+    positions: Tensor | None = None
+    """[B, T], int64, from 0 at each document's start; None is one document a row."""
     mixed_scale: float = 1.0
     """Mean square that an error of `mixed` is measured against."""
     hidden_scale: float = 1.0

@@ -6,6 +6,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from hybridize.capture import Projection, layer_outputs, visit_layers
+from hybridize.data import Batch
 from hybridize.distill import distill
 from hybridize.distill.align import Align
 from hybridize.distill.kl import KLStage
@@ -42,7 +43,7 @@ def teacher_weights(teacher, ids, index):  # noqa: F811
 def test_matrix_orientation_compares_the_published_matrices(folders, ids):  # noqa: F811
     options = Align(**SMALL, losses=[{"name": "mixing_matrix"}])
     student, teacher, trained = pair(folders, options)
-    parts = options.start(student, teacher, ids)(ids, 1.0)
+    parts = options.start(student, teacher, Batch(ids))(Batch(ids), 1.0)
     found = {name: p.grad for name, p in trained.items() if p.grad is not None}
     assert any("feature_map" in name for name in found)
     # Neither values nor the projection of the output has a part in the matrix.
@@ -70,17 +71,17 @@ def test_a_student_that_is_the_teacher_has_nothing_to_learn(tmp_path, ids, losse
     wide = {"name": "streaming", "sink_tokens": 1, "window_tokens": 64}
     options = Align(**SMALL, losses=[{"name": name} for name in losses])
     student, teacher, _ = pair(tiny_pair(tmp_path, (wide, KEEP, wide), noise=0), options)
-    assert options.start(student, teacher, ids)(ids, 1.0)["loss"].item() < 1e-5
+    assert options.start(student, teacher, Batch(ids))(Batch(ids), 1.0)["loss"].item() < 1e-5
     narrow = tiny_pair(tmp_path / "narrow", (STREAMING, KEEP, STREAMING), noise=0)
     student, teacher, _ = pair(narrow, options)
     # Relations are of the projections, which a window has not changed.
-    assert (options.start(student, teacher, ids)(ids, 1.0)["loss"].item() > 1e-2) == (losses != ["relations"])
+    assert (options.start(student, teacher, Batch(ids))(Batch(ids), 1.0)["loss"].item() > 1e-2) == (losses != ["relations"])
 
 
 def test_relations_are_those_of_the_projections(windows, ids):  # noqa: F811
     options = Align(**SMALL, losses=[{"name": "relations", "relations": ["query_key"]}])
     student, teacher, trained = pair(windows, options)
-    parts = options.start(student, teacher, ids)(ids, 1.0)
+    parts = options.start(student, teacher, Batch(ids))(Batch(ids), 1.0)
     assert {name.split(".")[-2] for name, p in trained.items() if p.grad is not None} == {"q_proj", "k_proj"}
     seen = []
     visit_layers(teacher, ids, [0, 2], seen.append)
@@ -105,7 +106,7 @@ def test_context_is_what_the_last_projection_reads(folders, ids):  # noqa: F811
     """LoLCATs' transfer: plain MSE before o_proj, which then has no gradient."""
     options = Align(**SMALL, losses=[{"name": "mixer_output", "at": "context", "relative": False, "weight": 1000}])
     student, teacher, trained = pair(folders, options)
-    parts = options.start(student, teacher, ids)(ids, 1.0)
+    parts = options.start(student, teacher, Batch(ids))(Batch(ids), 1.0)
     assert {n for n, p in trained.items() if p.grad is None} == {
         "model.layers.0.self_attn.o_proj.weight", "model.layers.2.self_attn.out_proj.weight",
     }  # fmt: skip
@@ -128,7 +129,7 @@ def test_a_relative_context_is_measured_against_the_teachers(folders, ids):  # n
     for own in losses:
         options = Align(**SMALL, losses=own)
         student, teacher, _ = pair(folders, options)
-        values.append(options.start(student, teacher, ids)(ids, 1.0)["layer.0"])
+        values.append(options.start(student, teacher, Batch(ids))(Batch(ids), 1.0)["layer.0"])
     seen = []
     visit_layers(teacher, ids, [0], seen.append)
     assert_close(values[0], values[1] / seen[0].context.pow(2).mean(-1).median(), "fp32")
@@ -137,7 +138,7 @@ def test_a_relative_context_is_measured_against_the_teachers(folders, ids):  # n
 def test_a_gated_memory_has_a_context_too(tmp_path, ids):  # noqa: F811
     options = Align(**SMALL, losses=[{"name": "mixer_output", "at": "context"}])
     student, teacher, trained = pair(tiny_pair(tmp_path, (MAMBA, KEEP, GMU)), options)
-    assert options.start(student, teacher, ids)(ids, 1.0)["layer.2"].item() > 0
+    assert options.start(student, teacher, Batch(ids))(Batch(ids), 1.0)["layer.2"].item() > 0
     assert trained["model.layers.2.self_attn.in_proj.weight"].grad.any()
 
 
@@ -156,23 +157,30 @@ def test_mixers_without_what_a_loss_compares_are_refused(tmp_path, ids, mixers, 
     options = Align(**SMALL, losses=losses)
     student, teacher, _ = pair(tiny_pair(tmp_path, mixers), options)
     with pytest.raises(ConfigError, match=message) as caught:
-        options.start(student, teacher, ids)
+        options.start(student, teacher, Batch(ids))
     assert "\n" not in str(caught.value)
+
+
+def test_matrices_over_rows_of_several_documents_are_refused(folders, ids):  # noqa: F811
+    options = Align(**SMALL, documents="reset", losses=[{"name": "mixing_matrix"}])
+    student, teacher, _ = pair(folders, options)
+    with pytest.raises(ConfigError, match="documents is reset, and a loss compares matrices"):
+        options.start(student, teacher, Batch(ids))
 
 
 def test_micro_batches_of_matrices_add_up(folders, ids):  # noqa: F811
     options = Align(**SMALL, losses=[{"name": "mixing_matrix"}, {"name": "mixer_output", "at": "context", "norm": "l2"}])
     student, teacher, trained = pair(folders, options)
     trained = {name: p for name, p in trained.items() if "out_proj" not in name and "o_proj" not in name}
-    step = options.start(student, teacher, ids)
-    step(ids, 1.0)
+    step = options.start(student, teacher, Batch(ids))
+    step(Batch(ids), 1.0)
     whole = grads_of(trained)
     for p in trained.values():
         p.grad = None
-    step(ids[:1], 0.25)
-    step(ids[1:], 0.75)
+    step(Batch(ids[:1]), 0.25)
+    step(Batch(ids[1:]), 0.75)
     assert_close(grads_of(trained), whole, "fp32", grad=True)
-    step(ids[:1], 0.25)
+    step(Batch(ids[:1]), 0.25)
     with pytest.raises(AssertionError):
         assert_close(grads_of(trained), whole, "fp32", grad=True)
 
@@ -182,9 +190,9 @@ def test_micro_batches_of_matrices_add_up(folders, ids):  # noqa: F811
 def test_features_are_the_layers_outputs_end_to_end(folders, ids, layers, chosen, checkpointing):  # noqa: F811
     options = KLStage(**SMALL, gradient_checkpointing=checkpointing, losses=[{"name": "features", "layers": layers}])
     student, teacher, trained = pair(folders, options, "kl")
-    step = options.start(student, teacher, ids)
+    step = options.start(student, teacher, Batch(ids))
     before = [len(m._forward_hooks) for m in (*student.modules(), *teacher.modules())]
-    parts = step(ids, 1.0)
+    parts = step(Batch(ids), 1.0)
     assert [len(m._forward_hooks) for m in (*student.modules(), *teacher.modules())] == before
     found = {name: p.grad.clone() for name, p in trained.items() if p.grad is not None}
     assert any(".layers.0." in name for name in found)
@@ -222,16 +230,16 @@ def test_features_want_models_of_one_shape(folders, tmp_path, ids):  # noqa: F81
     student, teacher, _ = pair(folders, options, "kl")
     teacher.config.hidden_size = 48
     with pytest.raises(ConfigError, match="hidden_size is 32 in the student and 48 in the teacher"):
-        options.start(student, teacher, ids)
+        options.start(student, teacher, Batch(ids))
 
 
 @pytest.mark.parametrize("name", ["jsd", "top_k_kl", "sampled_kl", "features"])
 def test_every_loss_of_the_kl_stage_is_lowered_by_it(folders, ids, name):  # noqa: F811
     options = KLStage(**SMALL, losses=[{"name": name}])
     student, teacher, trained = pair(folders, options, "kl")
-    step, optimizer, losses = options.start(student, teacher, ids), torch.optim.Adam(trained.values(), lr=3e-3), []
+    step, optimizer, losses = options.start(student, teacher, Batch(ids)), torch.optim.Adam(trained.values(), lr=3e-3), []
     for _ in range(15):
-        losses.append(step(ids, 1.0)["loss"].item())
+        losses.append(step(Batch(ids), 1.0)["loss"].item())
         optimizer.step()
         optimizer.zero_grad()
     assert losses[-1] < 0.7 * losses[0]

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from hybridize.capture import visit_layers
+from hybridize.data import Batch
 from hybridize.distill.align import Align
 from hybridize.distill.kl import KLStage
 from hybridize.distill.run import load_pair
@@ -67,8 +68,8 @@ def test_visiting_hands_over_what_the_model_computes(folders, ids):
 def test_backward_layer_by_layer_is_backward_of_the_sum(folders, ids, losses):
     options = Align(**SMALL, losses=[{"name": name, "weight": 0.7} for name in losses])
     student, teacher, trained = pair(folders, options)
-    step = options.start(student, teacher, ids)
-    parts = step(ids, 1.0)
+    step = options.start(student, teacher, Batch(ids))
+    parts = step(Batch(ids), 1.0)
     actual = grads_of(trained)
     for p in trained.values():
         p.grad = None
@@ -106,15 +107,15 @@ def test_micro_batches_add_up(folders, ids, cls):
     options = cls(**SMALL)
     name = "align" if cls is Align else "kl"
     student, teacher, trained = pair(folders, options, name)
-    step = options.start(student, teacher, ids)
-    step(ids, 1.0)
+    step = options.start(student, teacher, Batch(ids))
+    step(Batch(ids), 1.0)
     whole = grads_of(trained)
     for p in trained.values():
         p.grad = None
-    step(ids[:1], 0.25)
-    step(ids[1:], 0.75)
+    step(Batch(ids[:1]), 0.25)
+    step(Batch(ids[1:]), 0.75)
     assert_close(grads_of(trained), whole, "fp32", grad=True)
-    step(ids[:1], 0.25)
+    step(Batch(ids[:1]), 0.25)
     with pytest.raises(AssertionError):
         assert_close(grads_of(trained), whole, "fp32", grad=True)
 
@@ -133,7 +134,7 @@ def test_kl_trains_all_and_the_teacher_keeps_its_own(folders, ids):
     student, teacher, trained = pair(folders, options, "kl")
     shared = {id(p) for p in teacher.parameters()}
     assert not any(id(p) in shared for p in trained.values())
-    parts = options.start(student, teacher, ids)(ids, 1.0)
+    parts = options.start(student, teacher, Batch(ids))(Batch(ids), 1.0)
     assert parts["loss"] > 0
     assert all(p.grad is not None and bool(p.grad.any()) for p in trained.values())
     with torch.no_grad():
@@ -146,7 +147,7 @@ def test_align_gives_a_reader_the_students_memory_and_no_way_back(tmp_path, ids)
     folders = tiny_pair(tmp_path, (MAMBA, KEEP, GMU))
     options = Align(**SMALL)
     student, teacher, trained = pair(folders, options)
-    parts = options.start(student, teacher, ids)(ids, 1.0)
+    parts = options.start(student, teacher, Batch(ids))(Batch(ids), 1.0)
     found = {name: p.grad.clone() for name, p in trained.items()}
     with torch.no_grad():
         for p in trained.values():
@@ -181,7 +182,7 @@ def test_align_gives_a_reader_the_students_memory_and_no_way_back(tmp_path, ids)
     with torch.no_grad():
         for name, p in below.items():
             p.copy_(trained[name])
-    options.start(alone, teacher, ids)(ids, 2 / 4)
+    options.start(alone, teacher, Batch(ids))(Batch(ids), 2 / 4)
     for name, p in below.items():
         assert_close(found[name], p.grad, "fp32", grad=True)
 
@@ -189,9 +190,9 @@ def test_align_gives_a_reader_the_students_memory_and_no_way_back(tmp_path, ids)
 def test_align_lowers_the_loss_of_a_reader(tmp_path, ids):
     options = Align(**SMALL)
     student, teacher, trained = pair(tiny_pair(tmp_path, (MAMBA, KEEP, GMU)), options)
-    step, optimizer, losses = options.start(student, teacher, ids), torch.optim.Adam(trained.values(), lr=3e-3), []
+    step, optimizer, losses = options.start(student, teacher, Batch(ids)), torch.optim.Adam(trained.values(), lr=3e-3), []
     for _ in range(40):
-        losses.append(step(ids, 1.0))
+        losses.append(step(Batch(ids), 1.0))
         optimizer.step()
         optimizer.zero_grad()
     assert losses[-1]["layer.2"] < 0.8 * losses[0]["layer.2"]
@@ -203,7 +204,7 @@ def test_gradient_checkpointing_changes_nothing(folders, ids):
     for checkpointing in (False, True):
         options = KLStage(**SMALL, gradient_checkpointing=checkpointing)
         student, teacher, trained = pair(folders, options, "kl")
-        options.start(student, teacher, ids)(ids, 1.0)
+        options.start(student, teacher, Batch(ids))(Batch(ids), 1.0)
         assert student.model.gradient_checkpointing == checkpointing
         found.append(grads_of(trained))
     assert torch.equal(*found)
@@ -213,11 +214,11 @@ def test_bf16_trains_fp32_weights(folders, ids):
     for name, cls in (("align", Align), ("kl", KLStage)):
         plain = cls(**SMALL)
         student, teacher, trained = pair(folders, plain, name)
-        plain.start(student, teacher, ids)(ids, 1.0)
+        plain.start(student, teacher, Batch(ids))(Batch(ids), 1.0)
         exact = grads_of(trained)
         options = cls(**SMALL, dtype="bf16")
         student, teacher, trained = pair(folders, options, name)
-        options.start(student, teacher, ids)(ids, 1.0)
+        options.start(student, teacher, Batch(ids))(Batch(ids), 1.0)
         assert all(p.dtype == p.grad.dtype == torch.float32 for p in trained.values())
         assert 1e-5 < rms_ratio(grads_of(trained), exact) < 0.05
 
@@ -317,4 +318,4 @@ def test_losses_must_fit_the_stage(folders, ids, losses, message):
     options = Align(**SMALL, losses=losses)
     student, teacher, _ = pair(folders, options)
     with pytest.raises(ConfigError, match=message):
-        options.start(student, teacher, ids)
+        options.start(student, teacher, Batch(ids))

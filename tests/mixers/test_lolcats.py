@@ -7,6 +7,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import hybridize.modeling as modeling
+from hybridize.data import Batch
 from hybridize.distill.align import Align
 from hybridize.errors import ConfigError
 from hybridize.families import FAMILIES, family_of
@@ -174,10 +175,10 @@ def test_attention_transfer_trains_feature_maps_and_gamma_alone(bases):
         parameter.requires_grad_(True)
     optimizer = stage.optimizer(trained)
     ids = torch.randint(3, 64, (4, 64), generator=torch.Generator().manual_seed(5))
-    step = stage.start(student, base, ids)
+    step = stage.start(student, base, Batch(ids))
     errors = []
     for _ in range(12):
-        errors.append(float(step(ids, 1.0)["loss"]))
+        errors.append(float(step(Batch(ids), 1.0)["loss"]))
         optimizer.step()
         optimizer.zero_grad()
     assert errors[-1] < 0.8 * errors[0]

@@ -29,4 +29,12 @@ class CrossEntropy:
         assert student.ids is not None
         # Position t predicts token t + 1: both must count.
         mask = None if mask_BT is None else mask_BT[:, :-1] & mask_BT[:, 1:]
-        return linear_cross_entropy(student.hidden[:, :-1], student.head, student.ids[:, 1:], mask, self.chunk_tokens)
+        hidden, labels = student.hidden[:, :-1], student.ids[:, 1:]
+        if student.positions is None:
+            return linear_cross_entropy(hidden, student.head, labels, mask, self.chunk_tokens)
+        # The first token of a document is not foretold by the one before. It counts as zero: were it left out of the mean,
+        # the loss would depend on how a step is divided.
+        within = student.positions[:, 1:] != 0
+        within = within if mask is None else within & mask
+        loss = linear_cross_entropy(hidden, student.head, labels, within, self.chunk_tokens)
+        return loss * within.sum().to(loss.dtype) / (within.numel() if mask is None else mask.sum())
