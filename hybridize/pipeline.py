@@ -32,9 +32,10 @@ from hybridize.data import (
     spread_blocks,
     weighted_sources,
 )
-from hybridize.distill import STAGES, distill
+from hybridize.distill import STAGES, check_sources, distill
 from hybridize.errors import CheckpointError, ConfigError, DataError
 from hybridize.eval import GATES, PROBES, comparison_table, evaluate, gate, report
+from hybridize.eval.context import EvalContext
 from hybridize.lineage import is_complete
 from hybridize.recipe import Recipe, text_sources
 from hybridize.storage import write_json, write_text
@@ -45,6 +46,8 @@ Progress = Callable[[str, float, float], None]
 # A text of fewer documents is cut into pieces of this many characters before it is split.
 FEWEST_DOCUMENTS = 40
 PIECE_CHARS = 4_000
+# Prompts of each length that recall is compared on around a stage.
+RECALL_SAMPLES = 32
 
 
 @dataclass(frozen=True)
@@ -227,6 +230,8 @@ def run(
     stages = fitted(recipe.distill, checkpoint.config)
     sources = text_sources(recipe, data)
     weighted_sources(sources)  # a wrong one is found before any work
+    if stages:
+        check_sources(stages)
     _claim(out, recipe, plan)
     share = recipe.data.held_out_share
     train, test = split_text(load_tokenizer(base), sources, held_out, share, out / "tokens", progress)
@@ -238,7 +243,7 @@ def run(
     if stages:
         reports["converted"] = _measured(recipe, converted, base, test, out / "report-converted.json", progress)
         distill(converted, stages, train, distilled, teacher=base, resume=resume or is_complete(distilled),
-                seed=recipe.seed, progress=progress)  # fmt: skip
+                seed=recipe.seed, progress=progress, recall=recall_of(converted, recipe.seed))  # fmt: skip
         final = "distilled"
     else:
         distilled, final = converted, "converted"
@@ -246,6 +251,34 @@ def run(
     verdict = gate(reports[final], reports["base"], recipe.gates, out / "verdict.json") if recipe.gates else None
     html = report(out, out / "report.html")
     return RunResult(work=out, plan=plan, reports=reports, verdict=verdict, html=html)
+
+
+def recall_of(folder: Path, seed: int) -> Callable[[Any, list[int]], dict[str, float]]:
+    """What measures recall of a model that is being trained, for `distill`.
+
+    Args:
+        folder: a directory with the model's tokenizer.
+        seed: of the prompts.
+
+    Returns:
+        A function of the model and numbers of facts; those the model or its tokenizer has no room or words for are left
+        out, with a line in the log.
+    """
+    tokenizer = load_tokenizer(folder)
+
+    def measure(model: Any, pairs: list[int]) -> dict[str, float]:
+        found: dict[str, float] = {}
+        for count in pairs:
+            probe = PROBES.build({"name": "recall", "pairs": [count], "samples": RECALL_SAMPLES})
+            try:
+                result = probe(EvalContext(checkpoint=folder, model=model, tokenizer=tokenizer, seed=seed))
+            except ConfigError as error:
+                log.info("recall with %d pairs is not watched: %s", count, error)
+                continue
+            found |= {name: metric.value for name, metric in result.metrics.items()}
+        return found
+
+    return measure
 
 
 def _claim(out: Path, recipe: Recipe, plan: Plan) -> None:

@@ -88,7 +88,7 @@ def test_every_entry_loads_and_is_documented(table):
 
 
 def test_importing_the_package_is_cheap():
-    heavy = ["triton", "lm_eval", "datasets", "matplotlib", "typer", "pydantic"]
+    heavy = ["triton", "lm_eval", "datasets", "matplotlib", "typer", "pydantic", "peft", "trl"]
     # Where triton is installed, transformers' own modelling files load it.
     own = "import sys, transformers.models.llama.modeling_llama; before = set(sys.modules); import hybridize"
     code = f"{own}; print([n for n in {heavy} if n in sys.modules and n not in before])"

@@ -146,15 +146,16 @@ def distill(
     """
     from hybridize.checkpoint import open_checkpoint
     from hybridize.distill import distill as run_distill
-    from hybridize.pipeline import fitted
+    from hybridize.pipeline import fitted, recall_of
     from hybridize.recipe import text_sources
 
     found = open_checkpoint(checkpoint)
     chosen = shared.load(recipe, set_, found.config)
     stages = fitted(chosen.distill, found.config)
     shown = shared.screen.progress if os.environ.get("RANK", "0") == "0" else None
-    result = run_distill(checkpoint, stages, text_sources(chosen, data), out, teacher=teacher, resume=resume, seed=chosen.seed,
-                         progress=shown, tracker=track, token_cache=token_cache)  # fmt: skip
+    text = None if data is None and chosen.data.mixture is None else text_sources(chosen, data)
+    result = run_distill(checkpoint, stages, text, out, teacher=teacher, resume=resume, seed=chosen.seed, progress=shown,
+                         tracker=track, token_cache=token_cache, recall=recall_of(checkpoint, chosen.seed))  # fmt: skip
     if shown is not None:
         shared.screen.say(f"wrote {result}")
         shared.screen.result({"out": str(result), "stages": [stage["name"] for stage in stages]})

@@ -1,7 +1,8 @@
 """Training a hybrid to answer as its teacher does."""
 
+from hybridize.distill.job import check_sources
 from hybridize.distill.losses import LOSSES
 from hybridize.distill.run import distill, metrics_path
 from hybridize.distill.stages import STAGES
 
-__all__ = ["LOSSES", "STAGES", "distill", "metrics_path"]
+__all__ = ["LOSSES", "STAGES", "check_sources", "distill", "metrics_path"]

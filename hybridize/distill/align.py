@@ -7,7 +7,7 @@ on each converted layer the student's mixer runs beside it and is differentiated
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -31,13 +31,14 @@ class Align(StageOptions):
     """
 
     lr: float = 1e-3
-    train: list[str] = field(default_factory=lambda: ["*.self_attn.*"])
-    """As in every stage, but only parameters of converted mixers can be trained here."""
     losses: list[dict[str, Any]] = field(
         default_factory=lambda: [{"name": "mixer_output", "weight": 1.0}, {"name": "hidden_state", "weight": 1.0}]
     )
 
+    TRAINS: ClassVar[list[str]] = ["*.self_attn.*"]
+
     def candidates(self, student: Any) -> dict[str, nn.Parameter]:
+        """Only parameters of converted mixers can be trained here."""
         return {
             name: parameter
             for index in aligned_layers(student)

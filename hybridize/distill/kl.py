@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from hybridize.capture import layer_outputs
 from hybridize.data import Batch
-from hybridize.distill.options import StageOptions, autocast, converted_layers
+from hybridize.distill.options import StageOptions, autocast, checkpoint_gradients, converted_layers
 from hybridize.distill.signals import Head, Signals
 from hybridize.errors import ConfigError
 
@@ -40,10 +40,7 @@ class KLStep:
         self.layers = self._chosen_layers()
         self.needs_teacher = set(self.losses) != {"cross_entropy"}
         if options.gradient_checkpointing:
-            # The newer name appeared in transformers 5.23, which warns about the older one.
-            newer = hasattr(student, "activation_checkpointing_enable")
-            enable = student.activation_checkpointing_enable if newer else student.gradient_checkpointing_enable
-            enable({"use_reentrant": False})
+            checkpoint_gradients(student)
 
     def _chosen_layers(self) -> list[int]:
         """Layers whose outputs some loss compares. Raises ConfigError when the two models have different ones."""

@@ -97,13 +97,13 @@ def own_rows(batch: Batch, rank: int, world: int) -> Batch:
 def gradients(run: Run, options: StageOptions, micro_step: MicroStep, trained: dict[str, nn.Parameter], batch: Batch) -> dict:
     """Gradients of one step, summed over micro-batches and processes, and its losses, {name: value}.
 
-    Every row has the same number of tokens, so the shares by rows are shares by tokens.
+    A micro-batch's share is by what the stage counts, over the whole step: means do not depend on how it is divided.
     """
     accelerator = run.accelerator
     rows = own_rows(batch, accelerator.process_index, accelerator.num_processes)
     sums: dict[str, Tensor] = {}
     for part in rows.split(options.rows):
-        share = len(part) / len(batch)
+        share = options.weight(part) / options.weight(batch)
         for name, value in micro_step(part.to(accelerator.device), share).items():
             sums[name] = sums.get(name, 0) + value.float() * share
     values = torch.stack(list(sums.values()))

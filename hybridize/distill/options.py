@@ -1,15 +1,19 @@
 """What every training stage lets one choose, and what follows from it."""
 
+import dataclasses
 import fnmatch
 import math
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import nn
 
+from hybridize.distill.adapters import Lora
 from hybridize.distill.losses import LOSSES
 from hybridize.errors import ConfigError
+from hybridize.modeling import FP32_PARAMETERS
+from hybridize.registry import make
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,15 +39,18 @@ class StageOptions:
     final_ratio: float = 0.1
     """The last rate over the highest one."""
     weight_decay: float = 0.0
-    """On matrices only: never on decays, biases, norms and convolutions."""
+    """On matrices only: never on decays, biases, norms and convolutions, whatever their shape."""
     betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
     clip: float | None = 1.0
     """Longest gradient that is not shortened."""
     dtype: Literal["fp32", "bf16"] = "fp32"
     """bf16 runs under autocast; what is trained stays in fp32."""
     gradient_checkpointing: bool = False
-    train: list[str] = field(default_factory=lambda: ["*"])
-    """Globs over the names of the parameters that may be trained; each must match one."""
+    train: list[str] | None = None
+    """Globs over the names of the parameters that may be trained; each must match one. None is all that the stage can
+    train, or nothing beside the adapters where `lora` is given."""
+    lora: dict[str, Any] | None = None
+    """Low-rank adapters beside frozen projections, merged into them at the end of the stage: {targets, rank, alpha, dropout}."""
     lr_groups: dict[str, float] = field(default_factory=dict)
     """Glob -> rate; the first that matches a parameter sets its rate in place of `lr`."""
     save_tokens: int | None = None
@@ -51,7 +58,17 @@ class StageOptions:
     losses: list[dict[str, Any]] = field(default_factory=list)
     """What is minimised: {name, weight, ...} each."""
 
+    TRAINS: ClassVar[list[str]] = ["*"]
+    """What `train` of None means without adapters."""
+    needs_teacher: ClassVar[bool] = True
+    follows_itself: ClassVar[bool] = False
+    """Whether the teacher is the student as the stage finds it."""
+
     def __post_init__(self) -> None:
+        if self.lora is not None:
+            object.__setattr__(self, "lora", dataclasses.asdict(make(Lora, self.lora, "lora")))
+        if self.train is None:
+            object.__setattr__(self, "train", list(self.TRAINS) if self.lora is None else [])
         for name in ("tokens", "seq_tokens", "rows", "accumulate"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}, expected at least 1")
@@ -85,6 +102,10 @@ class StageOptions:
     def save_steps(self) -> int:
         return max(1, (self.save_tokens or self.tokens // 10) // self.step_tokens)
 
+    def weight(self, batch: Any) -> float:
+        """How much of a step a batch or a part of it is: its rows, which all have the same number of tokens."""
+        return len(batch)
+
     def rate(self, step: int) -> float:
         """Share of the full learning rate at a step, counted from 0; it depends on nothing else."""
         rise = math.ceil(self.warmup * self.steps)
@@ -117,8 +138,9 @@ class StageOptions:
         """The parameters that `train` names, in the model's order.
 
         Raises:
-            ConfigError: a glob of `train` or `lr_groups` that matches none.
+            ConfigError: a glob that matches none.
         """
+        assert self.train is not None
         for glob in self.train:
             if not fnmatch.filter(candidates, glob):
                 raise ConfigError(
@@ -126,23 +148,46 @@ class StageOptions:
                     f"can train; expected a glob over names such as {next(iter(candidates), 'none')!r}"
                 )
         names = [name for name in candidates if any(fnmatch.fnmatchcase(name, glob) for glob in self.train)]
-        for glob in self.lr_groups:
-            if not fnmatch.filter(names, glob):
-                raise ConfigError(f"stage {stage!r}: lr_groups has {glob!r}, which matches none of the trained parameters")
         return {name: candidates[name] for name in names}
+
+    def check_rates(self, trained: dict[str, nn.Parameter], stage: str) -> None:
+        """Raise ConfigError for a glob of `lr_groups` that matches none of the trained parameters, adapters included."""
+        for glob in self.lr_groups:
+            if not fnmatch.filter(trained, glob):
+                raise ConfigError(
+                    f"stage {stage!r}: lr_groups has {glob!r}, which matches none of the {len(trained)} trained parameters; "
+                    f"expected a glob over names such as {next(iter(trained), 'none')!r}"
+                )
 
     def optimizer(self, trained: dict[str, nn.Parameter]) -> torch.optim.AdamW:
         """AdamW over the trained parameters, grouped by rate and decay; each group keeps its full rate as `full_lr`."""
         groups: dict[tuple[float, float], list[nn.Parameter]] = {}
         for name, parameter in trained.items():
             rates = [rate for glob, rate in self.lr_groups.items() if fnmatch.fnmatchcase(name, glob)]
-            matrix = parameter.ndim >= 2 and "conv1d" not in name
-            key = (rates[0] if rates else self.lr, self.weight_decay if matrix else 0.0)
+            key = (rates[0] if rates else self.lr, self.weight_decay if decays(name, parameter) else 0.0)
             groups.setdefault(key, []).append(parameter)
         return torch.optim.AdamW(
             [{"params": p, "lr": lr, "full_lr": lr, "weight_decay": decay} for (lr, decay), p in groups.items()],
             betas=(self.betas[0], self.betas[1]), fused=True,
         )  # fmt: skip
+
+
+def decays(name: str, parameter: nn.Parameter) -> bool:
+    """Whether weight decay may pull a parameter to zero: matrices, and nothing that is a decay, bias, norm or convolution.
+
+    By name as well as by shape: some mixers keep a decay or a bias of each head in more than one dimension.
+    """
+    parts = name.split(".")
+    spared = parts[-1] in FP32_PARAMETERS or parts[-1].endswith("bias") or any("norm" in p or p == "conv1d" for p in parts)
+    return parameter.ndim >= 2 and not spared
+
+
+def checkpoint_gradients(model: Any) -> None:
+    """Have a model forget its activations in the forward pass and make them again in the backward pass."""
+    # The newer name appeared in transformers 5.23, which warns about the older one.
+    newer = hasattr(model, "activation_checkpointing_enable")
+    enable = model.activation_checkpointing_enable if newer else model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
 
 
 def converted_layers(student: Any) -> list[int]:

@@ -14,8 +14,11 @@ from transformers import AutoTokenizer
 
 from hybridize.checkpoint import load_model, open_checkpoint, save_checkpoint
 from hybridize.core import digest
-from hybridize.data import Mixture, Sources, Tokens, TrainBlocks, read_tokens
+from hybridize.data import Mixture, Sources, Tokens, read_tokens
+from hybridize.distill.adapters import Lora, inject, is_adapter, merged, targeted, watched
+from hybridize.distill.job import Job, blocks_of, filled, measure_recall, read_examples, source_of, wanted, with_weights
 from hybridize.distill.loop import Metrics, Progress, Run, fork_random, seed_of, train
+from hybridize.distill.posttrain import PostTraining, Recall, recall_records, restore_qk, start_weights
 from hybridize.distill.saves import Position, State, read_latest_state, write_state
 from hybridize.distill.stages import STAGES
 from hybridize.errors import ConfigError
@@ -34,9 +37,9 @@ def metrics_path(out: Path | str) -> Path:
 
 
 def distill(
-    student_dir: Path | str, stages: list[dict[str, Any]], text: Sources | Tokens | Mixture, out: Path | str,
+    student_dir: Path | str, stages: list[dict[str, Any]], text: Sources | Tokens | Mixture | None, out: Path | str,
     teacher: str | Path | None = None, resume: bool = False, seed: int = 0, progress: Progress | None = None,
-    tracker: Any = None, token_cache: Path | None = None,
+    tracker: Any = None, token_cache: Path | None = None, recall: Recall | None = None,
 ) -> Path:  # fmt: skip
     """Train a hybrid against its teacher, stage after stage, and write the result as a directory like the student's.
 
@@ -45,8 +48,9 @@ def distill(
 
     Args:
         student_dir: a hybrid directory; its dtypes are those of the output, whatever the training ran in.
-        stages: {"name": "align" | "kl", **options} each; see StageOptions.
-        text: what to train on, all of it: a source as `data.read_documents` takes it, several as {source: weight}, or tokens.
+        stages: {"name": "align" | "kl" | "sft" | "dpo", **options} each; see StageOptions.
+        text: what to train on, all of it: a source as `data.read_documents` takes it, several as {source: weight}, or tokens;
+            None where every stage has `data` of its own.
         out: the output directory; must not exist. Its `<out>.metrics.jsonl` appears beside it.
         teacher: a directory; None is the base that the student's lineage names.
         resume: go on with what a killed run left.
@@ -54,6 +58,7 @@ def distill(
         progress: called with (label, tokens done, tokens in all) after each step.
         token_cache: folder that keeps the tokens of sources; None is `<out>.tokens`, beside the output.
         tracker: for Accelerate's `log_with`: a name such as "tensorboard", or a GeneralTracker.
+        recall: measures recall before and after stages that train on answers; None measures nothing.
 
     Returns:
         The output directory.
@@ -66,22 +71,30 @@ def distill(
     """
     if not stages:
         raise ConfigError("distill: got no stages, expected at least one of " + ", ".join(STAGES.names()))
-    built = [(spec["name"], component) for component, spec in ((STAGES.build(spec), spec) for spec in stages)]
+    built = wanted(stages)
+    sources = [source_of(options, name, text) for name, options in built]
+    plain = [name for (name, options), source in zip(built, sources, strict=True) if source is None]
+    if plain and text is None:
+        raise ConfigError(f"stage {plain[0]!r}: trains on text and was given none. Name it with --data")
     student_dir, out = Path(student_dir), Path(out).absolute()
     open_checkpoint(student_dir)
     lineage = read_lineage(student_dir)
     teacher_dir = Path(teacher if teacher is not None else lineage["base"]["location"])
     accelerator = _accelerator(tracker, out)
+    tokens = None
     if isinstance(text, (Tokens, Mixture)):
         tokens = text
-    else:
+    elif plain and text is not None:
         cache = token_cache or out.with_name(f"{out.name}.tokens")
         tokens = _read(student_dir, text, cache, progress if accelerator.is_main_process else None)
+    examples = read_examples(student_dir, built, sources)
     specs = [STAGES.spec(name, options) for name, options in built]
     record = {
-        "stages": specs, "seed": seed, "text": tokens.sha256, "student": _fingerprint(student_dir),
-        "teacher": _fingerprint(teacher_dir),
+        "stages": specs, "seed": seed, "text": None if tokens is None else tokens.sha256,
+        "student": _fingerprint(student_dir), "teacher": _fingerprint(teacher_dir),
     }  # fmt: skip
+    if any(found is not None for found in examples):
+        record["examples"] = [None if found is None else found.sha256 for found in examples]
     if resume and is_complete(out) and read_lineage(out).get("distill", [None])[-1] == record:
         # Killed between giving the output its name and clearing up.
         if accelerator.is_main_process and partial_folder(out).exists():
@@ -89,11 +102,16 @@ def distill(
         return out
     main = accelerator.is_main_process
     with Staging(out, resume, digest(record)) if main else contextlib.nullcontext() as staging:
-        state = _train_all(accelerator, built, student_dir, teacher_dir, tokens, out, seed, progress)
+        job = Job(
+            stages=built, examples=examples, tokens=tokens, student=student_dir, teacher=teacher_dir, out=out, recall=recall
+        )
+        state = _train_all(accelerator, job, seed, progress)
         if staging is not None:
-            history = [*lineage.get("distill", []), record]
             carried = {key: value for key, value in lineage.items() if key not in ("files", "versions")}
-            _write(student_dir, state.weights, staging, {**carried, "distill": history})
+            carried["distill"] = [*lineage.get("distill", []), record]
+            if found := recall_records(job.scratch, built):
+                carried["recall"] = [*lineage.get("recall", []), *found]
+            _write(student_dir, state.weights, staging, carried)
             staging.finish()
     accelerator.wait_for_everyone()
     accelerator.end_training()
@@ -129,89 +147,109 @@ def _fingerprint(folder: Path) -> str:
     return digest([open_checkpoint(folder).hash, files])
 
 
-def _train_all(
-    accelerator: Accelerator, stages: list[tuple[str, Any]], student_dir: Path, teacher_dir: Path, tokens: Tokens | Mixture,
-    out: Path, seed: int, progress: Progress | None,
-) -> State:  # fmt: skip
-    scratch = partial_folder(out) / "scratch"
+def _train_all(accelerator: Accelerator, job: Job, seed: int, progress: Progress | None) -> State:
     # The main process has opened the folder by now; all read the same state before it can be replaced.
     accelerator.wait_for_everyone()
-    state = read_latest_state(scratch) or State(position=Position(stage=0, step=0), weights={}, moments={})
+    state = read_latest_state(job.scratch) or State(position=Position(stage=0, step=0), weights={}, moments={})
     accelerator.wait_for_everyone()
-    log_file = Metrics(metrics_path(out), state.position) if accelerator.is_main_process else contextlib.nullcontext()
+    log_file = Metrics(metrics_path(job.out), state.position) if accelerator.is_main_process else contextlib.nullcontext()
     with log_file as metrics, fork_random(accelerator.device):
-        run = Run(accelerator=accelerator, seed=seed, scratch=scratch, metrics=metrics, progress=progress)
-        for index, (name, options) in enumerate(stages):
+        run = Run(accelerator=accelerator, seed=seed, scratch=job.scratch, metrics=metrics, progress=progress)
+        for index in range(len(job.stages)):
             if index == state.position.stage:
-                weights = _train_stage(run, index, name, options, student_dir, teacher_dir, tokens, state)
+                weights = _train_stage(run, job, index, state)
                 state = State(position=Position(stage=index + 1, step=0), weights=weights, moments={})
                 if accelerator.is_main_process:
-                    write_state(scratch, state)
+                    write_state(job.scratch, state)
     return state
 
 
-def _train_stage(
-    run: Run, index: int, name: str, options: Any, student_dir: Path, teacher_dir: Path, tokens: Tokens | Mixture, state: State
-) -> dict[str, Tensor]:
-    """Load, train, and return every weight trained so far, fp32 on the CPU."""
+def _train_stage(run: Run, job: Job, index: int, state: State) -> dict[str, Tensor]:
+    """Load, train, and return every weight trained so far, fp32 on the CPU, with no adapter among them."""
+    name, options = job.stages[index]
     device = run.accelerator.device
-    student, teacher, trained = load_pair(student_dir, teacher_dir, options, name, state.weights, device)
-    blocks = TrainBlocks(
-        tokens, options.seq_tokens, options.step_rows, seed_of(run.seed, index), tokens.bos_id, options.documents
-    )  # fmt: skip
-    if tokens.max_id >= student.config.vocab_size:
-        raise ConfigError(f"data: token {tokens.max_id} is outside the student's vocabulary of {student.config.vocab_size}")
-    if options.seq_tokens > student.config.max_position_embeddings and not options.beyond_context:
-        raise ConfigError(
-            f"stage {name!r}: seq_tokens is {options.seq_tokens}, expected at most the student's max_position_embeddings of "
-            f"{student.config.max_position_embeddings}; set beyond_context to true to train beyond it"
-        )
+    before: dict[str, Tensor] = {}
+    if isinstance(options, PostTraining):
+        before = start_weights(run.scratch, state, run.accelerator.is_main_process, run.accelerator.wait_for_everyone)
+        measure_recall(run, job, index, "before", before)
+    teacher_dir, teacher_weights = (job.student, before) if options.follows_itself else (job.teacher, {})
+    student, teacher, trained = load_pair(
+        job.student, teacher_dir, options, name, state.weights, device, teacher_weights, seed_of(run.seed, index)
+    )
+    blocks = blocks_of(job, index, seed_of(run.seed, index), student.config)
     micro_step = options.start(student, teacher, blocks.batch(0)[: options.rows].to(device))
-    carried = {key: value for key, value in state.weights.items() if key not in trained}
+    adapters = {key: parameter for key, parameter in trained.items() if is_adapter(key)}
+    if adapters:
+        micro_step = watched(micro_step, student, name)
+    carried = {key: value for key, value in state.weights.items() if key not in trained and not is_adapter(key)}
     log.info("distill: stage %d (%s): %d parameters, %d steps", index + 1, name, len(trained), options.steps)
     train(run, index, name, options, micro_step, trained, carried, blocks, state)
-    return carried | {key: parameter.detach().cpu() for key, parameter in trained.items()}
+    weights = carried | {key: parameter.detach().cpu() for key, parameter in trained.items() if key not in adapters}
+    if adapters:
+        weights |= merged(student)
+    if isinstance(options, PostTraining):
+        if options.restore_qk:
+            weights = restore_qk(weights, before, open_checkpoint(job.student), float(options.restore_qk), name)
+        # Room for the model that recall is measured on.
+        del student, teacher, trained, adapters, micro_step
+        measure_recall(run, job, index, "after", weights)
+    return weights
 
 
 def load_pair(
-    student_dir: Path, teacher_dir: Path, options: Any, name: str, weights: dict[str, Tensor], device: torch.device
-) -> tuple[Any, Any, dict[str, nn.Parameter]]:
+    student_dir: Path, teacher_dir: Path, options: Any, name: str, weights: dict[str, Tensor], device: torch.device,
+    teacher_weights: dict[str, Tensor] | None = None, seed: int = 0,
+) -> tuple[Any, Any, dict[str, nn.Parameter]]:  # fmt: skip
     """Student and teacher as a stage needs them: what is trained in fp32, what is frozen and equal held once.
 
     Args:
         student_dir: the hybrid.
-        teacher_dir: its teacher.
+        teacher_dir: its teacher; not read when the stage has no use for one.
         options: the stage's; its dtype is that of the frozen weights (bf16: as stored).
         name: the stage's, for messages.
-        weights: what earlier steps made of some of the student's parameters.
+        weights: what earlier steps made of some of the student's parameters and adapters.
         device: where both go.
+        teacher_weights: what earlier steps made of some of the teacher's, where that is a former student.
+        seed: of fresh adapters.
 
     Returns:
-        (student in training mode, teacher in eval mode, trained parameters by name).
+        (student in training mode, teacher in eval mode or None, trained parameters by name, adapters last).
 
     Raises:
-        ConfigError: the two do not fit each other.
+        ConfigError: the two do not fit each other, or a glob matches nothing.
+        MissingDependencyError: adapters without peft.
     """
     dtype = torch.float32 if options.dtype == "fp32" else None
-    student, teacher = load_model(student_dir, dtype), load_model(teacher_dir, dtype)
+    student = load_model(student_dir, dtype)
+    teacher: Any = load_model(teacher_dir, dtype) if options.needs_teacher else None
     sizes = ("hidden_size", "num_hidden_layers", "vocab_size") if name == "align" else ("vocab_size",)
     for size in sizes:
-        own, other = getattr(student.config, size), getattr(teacher.config, size)
+        own = getattr(student.config, size)
+        other = own if teacher is None else getattr(teacher.config, size)
         if own != other:
             raise ConfigError(f"stage {name!r}: {size} is {own} in {student_dir} and {other} in {teacher_dir}, expected equal")
-    parameters = dict(student.named_parameters())
-    with torch.no_grad():
-        for key, weight in weights.items():
-            parameters[key].data = weight.clone()
-    student.requires_grad_(False)
-    teacher.requires_grad_(False)
-    trained = options.choose(options.candidates(student), name)
+    with_weights(student, {key: weight for key, weight in weights.items() if not is_adapter(key)}).requires_grad_(False)
+    candidates = options.candidates(student)
+    trained = options.choose(candidates, name)
     for parameter in trained.values():
         parameter.data = parameter.data.float()
         parameter.requires_grad_(True)
-    saved = share_frozen(student, teacher)
-    log.info("distill: %.1f MB of frozen weights are shared with the teacher", saved / 1e6)
-    return student.to(device).train(), teacher.to(device).eval(), trained
+    if teacher is not None:
+        with_weights(teacher, teacher_weights or {}).requires_grad_(False)
+        saved = share_frozen(student, teacher)
+        log.info("distill: %.1f MB of frozen weights are shared with the teacher", saved / 1e6)
+        teacher = teacher.to(device).eval()
+    if options.lora is not None:
+        lora = Lora(**options.lora)
+        adapters = inject(student, lora, targeted(student, lora, candidates, name), seed)
+        for parameter in trained.values():
+            parameter.requires_grad_(True)
+        trained = trained | adapters
+        with torch.no_grad():
+            for key in adapters.keys() & weights.keys():
+                adapters[key].copy_(weights[key])
+    options.check_rates(trained, name)
+    return student.to(device).train(), teacher, trained
 
 
 def share_frozen(student: nn.Module, teacher: nn.Module) -> int:
@@ -230,9 +268,4 @@ def share_frozen(student: nn.Module, teacher: nn.Module) -> int:
 
 
 def _write(student_dir: Path, weights: dict[str, Tensor], staging: Staging, lineage: dict[str, Any]) -> None:
-    model = load_model(student_dir)
-    parameters = dict(model.named_parameters())
-    with torch.no_grad():
-        for name, weight in weights.items():
-            parameters[name].copy_(weight)
-    save_checkpoint(model, student_dir, staging, lineage)
+    save_checkpoint(filled(load_model(student_dir), weights), student_dir, staging, lineage)

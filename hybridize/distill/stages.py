@@ -7,5 +7,7 @@ STAGES = Registry(
     {
         "align": "hybridize.distill.align:Align",
         "kl": "hybridize.distill.kl:KLStage",
+        "sft": "hybridize.distill.sft:Sft",
+        "dpo": "hybridize.distill.dpo:Dpo",
     },
 )

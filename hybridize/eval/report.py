@@ -123,7 +123,8 @@ def _losses(workdir: Path) -> bytes | None:
                 if number == len(lines):
                     break
                 raise CheckpointError(f"{path}: line {number} is not JSON ({error.msg}); expected one object a line") from error
-            stages.setdefault(f"{row['stage']}: {row['name']}", []).append((row["tokens"], row["loss"]))
+            if "loss" in row:
+                stages.setdefault(f"{row['stage']}: {row['name']}", []).append((row["tokens"], row["loss"]))
     return loss_curves(stages) if stages else None
 
 

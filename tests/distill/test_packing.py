@@ -59,7 +59,9 @@ def kl_outputs(student, teacher, batch):
     """Logits of teacher and student as stage kl makes them, [B, T, V] each."""
     step = KLStage(**SMALL).start(student, teacher, batch)
     with torch.no_grad():
-        return [signals.hidden @ signals.head.weight.T for signals in (step._signals(model, batch) for model in (teacher, student))]
+        return [
+            signals.hidden @ signals.head.weight.T for signals in (step._signals(model, batch) for model in (teacher, student))
+        ]
 
 
 def align_outputs(student, teacher, batch):
