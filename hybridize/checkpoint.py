@@ -28,6 +28,7 @@ from hybridize.shards import (
     parse_json,
     plan_shards,
     read_header,
+    read_rows,
     read_tensor,
     tensor_bytes,
     write_shard,
@@ -95,6 +96,10 @@ class Checkpoint(Described):
     def read(self, name: str) -> Tensor:
         """One tensor in its stored dtype. Raises CheckpointError when the file changed since it was checked."""
         return read_tensor(self.tensors[self.stored_name(name)])
+
+    def read_rows(self, name: str, start: int, stop: int) -> Tensor:
+        """As `read`, the rows from `start` to before `stop` alone."""
+        return read_rows(self.tensors[self.stored_name(name)], start, stop)
 
     def stored_name(self, name: str) -> str:
         """The name a tensor of the architecture is stored under: of a tied pair, the one that is there."""

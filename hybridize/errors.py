@@ -21,6 +21,19 @@ class TrainingError(HybridizeError):
     """A run that was stopped before it could do harm, such as a loss that is not finite."""
 
 
+class StoppedError(SystemExit):
+    """A signal asked for an end and the state is saved; as the exit of a program, its code is 128 + the signal's number.
+
+    Args:
+        message: where it stopped.
+        code: the exit code.
+    """
+
+    def __init__(self, message: str, code: int):
+        super().__init__(code)
+        self.message = message
+
+
 class MissingDependencyError(HybridizeError, ImportError):
     """An optional package is absent; the message holds the pip line."""
 

@@ -5,6 +5,7 @@ what we ask for. Writing plans every file's header first and then streams; nothi
 Source: the safetensors format, https://github.com/huggingface/safetensors#format.
 """
 
+import dataclasses
 import hashlib
 import json
 import logging
@@ -172,6 +173,13 @@ def read_tensor(info: TensorInfo) -> Tensor:
     finally:
         os.close(handle)
     return raw.view(info.dtype).view(info.shape)
+
+
+def read_rows(info: TensorInfo, start: int, stop: int) -> Tensor:
+    """Rows `start` to before `stop` of a tensor of one dimension or more, as read_tensor, and nothing else of it."""
+    row = info.nbytes // max(1, info.shape[0])
+    shape = (stop - start, *info.shape[1:])
+    return read_tensor(dataclasses.replace(info, shape=shape, offset=info.offset + start * row, nbytes=(stop - start) * row))
 
 
 def stream_tensor(info: TensorInfo, buffer: memoryview) -> Iterator[memoryview]:

@@ -70,6 +70,14 @@ def sync_tree(folder: Path) -> None:
         sync_folder(Path(root))
 
 
+def publish_folder(temporary: Path, final: Path) -> None:
+    """Give a folder that others have filled its final name, once all of it is on disk."""
+    with disk_errors(final):
+        sync_tree(temporary)
+        os.rename(temporary, final)
+        sync_folder(final.parent)
+
+
 def write_bytes(path: Path, data: bytes) -> None:
     """Put `data` under `path`, whole or not at all, on disk when this returns."""
     path = Path(path)

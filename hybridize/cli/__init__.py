@@ -10,7 +10,7 @@ import typer
 from hybridize.cli import make, measure, recipes, shared  # noqa: F401  each adds its commands
 from hybridize.cli.shared import cli
 from hybridize.console import Screen
-from hybridize.errors import HybridizeError
+from hybridize.errors import HybridizeError, StoppedError
 
 
 def app(arguments: list[str] | None = None) -> int:
@@ -28,11 +28,15 @@ def app(arguments: list[str] | None = None) -> int:
         shared.screen.close()
         print(f"hybridize: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
+    except StoppedError as stop:
+        shared.screen.close()
+        print(f"hybridize: {stop.message}; the same command with --resume goes on", file=sys.stderr)
+        return stop.code if isinstance(stop.code, int) else 1
+    except (KeyboardInterrupt, typer.Abort):
         shared.screen.close()
         print("hybridize: stopped; the same command with --resume goes on", file=sys.stderr)
         return 130
-    except (typer.Abort, Exception) as error:
+    except Exception as error:
         return _usage_error(error)
     finally:
         shared.screen.close()

@@ -1,5 +1,6 @@
 """The verbs that make something: info, plan, convert, distill, run, demo, generate."""
 
+import dataclasses
 import os
 from pathlib import Path
 from typing import Annotated, Optional
@@ -137,26 +138,50 @@ def distill(
     teacher: Annotated[Optional[str], typer.Option(help="Default: the base that the hybrid's lineage names.")] = None,  # noqa: UP045
     track: Annotated[Optional[str], typer.Option(help="A tracker for accelerate, such as tensorboard.")] = None,  # noqa: UP045
     token_cache: CacheOpt = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what it will cost, and load nothing.")] = False,
+    processes: Annotated[Optional[int], typer.Option(help="With --dry-run: as if started in so many.")] = None,  # noqa: UP045
+    memory_gb: Annotated[Optional[float], typer.Option(help="GB of a process's device. Default: what is here.")] = None,  # noqa: UP045
+    mfu: Annotated[float, typer.Option(help="Share of the peak that hours are given at.")] = 0.4,
+    peak_tflops: Annotated[float, typer.Option(help="The peak: dense bf16 of an H100 or H200.")] = 989.0,
+    shard: Annotated[bool, typer.Option("--shard", help="Divide weights and moments over the processes (FSDP2).")] = False,
     resume: ResumeOpt = False,
     set_: SetOpt = [],  # noqa: B006
 ) -> None:
-    """Train a hybrid against its teacher, stage after stage.
+    """Train a hybrid against its teacher, stage after stage; what it will cost is printed first.
 
     Several processes: torchrun --nproc_per_node N -m hybridize.distill DIR ... or accelerate launch -m hybridize.distill.
     """
-    from hybridize.checkpoint import open_checkpoint
+    from hybridize.checkpoint import describe
     from hybridize.distill import distill as run_distill
+    from hybridize.distill.cost import Machine, device_bytes, refuse, run_cost
+    from hybridize.distill.run import build_stages, teacher_of
+    from hybridize.distill.sharding import asked_to_shard
     from hybridize.pipeline import fitted, recall_of
     from hybridize.recipe import text_sources
 
-    found = open_checkpoint(checkpoint)
+    if processes is not None and not dry_run:
+        raise ConfigError("--processes is for --dry-run; start them with torchrun or accelerate launch")
+    found = describe(checkpoint)
     chosen = shared.load(recipe, set_, found.config)
     stages = fitted(chosen.distill, found.config)
-    shown = shared.screen.progress if os.environ.get("RANK", "0") == "0" else None
+    main = os.environ.get("RANK", "0") == "0"
+    shown = shared.screen.progress if main else None
+    machine = Machine(
+        processes=processes or int(os.environ.get("WORLD_SIZE", "1")), sharded=asked_to_shard(shard),
+        bytes_each=device_bytes() if memory_gb is None else memory_gb * 1e9, mfu=mfu, peak_flops=peak_tflops * 1e12,
+    )  # fmt: skip
+    if main:
+        costs = run_cost(checkpoint, teacher_of(checkpoint, teacher), build_stages(stages), machine)
+        shared.show_cost(costs, machine)
+        if dry_run:
+            shared.screen.result([{**dataclasses.asdict(cost), "total_bytes": cost.total_bytes} for cost in costs])
+            return
+        refuse(costs, machine)
     text = None if data is None and chosen.data.mixture is None else text_sources(chosen, data)
     result = run_distill(checkpoint, stages, text, out, teacher=teacher, resume=resume, seed=chosen.seed, progress=shown,
-                         tracker=track, token_cache=token_cache, recall=recall_of(checkpoint, chosen.seed))  # fmt: skip
-    if shown is not None:
+                         tracker=track, token_cache=token_cache, recall=recall_of(checkpoint, chosen.seed),
+                         shard=shard)  # fmt: skip
+    if main:
         shared.screen.say(f"wrote {result}")
         shared.screen.result({"out": str(result), "stages": [stage["name"] for stage in stages]})
 

@@ -89,3 +89,18 @@ def show_verdict(verdict: Any) -> None:
     for result in verdict.gates:
         screen.say(f"{'pass' if result.passed else 'FAIL'}  {result.name}: {result.detail}")
     screen.say("PASS" if verdict.passed else "FAIL")
+
+
+def show_cost(costs: list[Any], machine: Any) -> None:
+    """Print what each stage will cost, and what will not fit."""
+    parts = list(costs[0].memory)
+    rows = [["stage", "tokens", "steps", "trained", "FLOP", "GPU-hours", *parts, "all"]]
+    for cost in costs:
+        sizes = [f"{cost.memory[part] / 1e9:.3f} GB" for part in parts]
+        rows.append([cost.name, f"{cost.tokens:,}", f"{cost.steps:,}", f"{cost.trained_parameters:,}", f"{cost.flops:.3g}",
+                     f"{cost.gpu_hours:.3g}", *sizes, f"{cost.total_bytes / 1e9:.3f} GB"])  # fmt: skip
+    screen.table(rows, f"memory of each of {machine.processes} process(es){', sharded' if machine.sharded else ''}")
+    screen.say(f"GPU-hours at {machine.mfu:.0%} of {machine.peak_flops / 1e12:g} TFLOP/s, all GPUs together")
+    for cost in costs:
+        if cost.advice:
+            screen.say(f"{cost.name}: {cost.advice}")

@@ -7,9 +7,10 @@ on each converted layer the student's mixer runs beside it and is differentiated
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from transformers.masking_utils import find_packed_sequence_indices
 
@@ -31,11 +32,18 @@ class Align(StageOptions):
     """
 
     lr: float = 1e-3
+    parallel: Literal["data", "layers"] = "data"
+    """What several processes share out: a step's rows, or the layers. With `layers` each sees all rows, runs the teacher and
+    trains its own layers: no gradient is exchanged, and gradients and moments are divided."""
     losses: list[dict[str, Any]] = field(
         default_factory=lambda: [{"name": "mixer_output", "weight": 1.0}, {"name": "hidden_state", "weight": 1.0}]
     )
 
     TRAINS: ClassVar[list[str]] = ["*.self_attn.*"]
+
+    @property
+    def by_layers(self) -> bool:
+        return self.parallel == "layers" and dist.is_initialized() and dist.get_world_size() > 1
 
     def candidates(self, student: Any) -> dict[str, nn.Parameter]:
         """Only parameters of converted mixers can be trained here."""
@@ -59,6 +67,15 @@ def aligned_layers(student: Any) -> list[int]:
     return layers
 
 
+def own_layers(student: Any, rank: int, world: int) -> list[int]:
+    """The converted layers that one of several processes trains where layers are shared out; who reads goes with who is read."""
+    options = student.model.mixer_options
+    groups: dict[int, list[int]] = {}
+    for index in aligned_layers(student):
+        groups.setdefault(getattr(options[index], "reads", index), []).append(index)
+    return sorted(index for group in list(groups.values())[rank::world] for index in group)
+
+
 class AlignStep:
     """One micro-batch of alignment: forward, loss and backward, layer by layer."""
 
@@ -66,14 +83,16 @@ class AlignStep:
         self.options, self.student, self.teacher = options, student, teacher
         self.losses = options.build_losses({"mixed", "hidden", "context", "matrix", "heads"}, "align")
         self.needs = frozenset().union(*(loss.needs for loss in self.losses.values()))
-        self.layers = aligned_layers(student)
+        self.layers = self.own = aligned_layers(student)
+        if options.by_layers:
+            self.own = own_layers(student, dist.get_rank(), dist.get_world_size())
         self.scales: dict[int, dict[str, Any]] = {}
         if options.documents == "reset" and self.needs & {"matrix", "heads"}:
             raise ConfigError(
                 "stage 'align': documents is reset, and a loss compares matrices over whole rows; expected documents: joined"
             )
         with autocast(first.ids.device, options):
-            visit_layers(teacher, layers=self.layers, visit=partial(self._measure, self._extra(first)), **first.inputs())
+            visit_layers(teacher, layers=self.own, visit=partial(self._measure, self._extra(first)), **first.inputs())
         if options.gradient_checkpointing:
             raise ConfigError("stage 'align': gradient_checkpointing is true, expected false: one layer's graph is all it keeps")
 
@@ -165,22 +184,26 @@ class AlignStep:
         Returns:
             Losses: each loss by name as the mean over layers, and each layer's total under `layer.<index>`.
         """
-        parts: dict[str, Tensor] = {}
         extra = self._extra(batch)
         device = batch.ids.device
+        # Layers of other processes stay zero here, and all processes have the same names in the same order.
+        names = [*self.losses, *(f"layer.{index}" for index in self.layers)]
+        parts: dict[str, Tensor] = {name: torch.zeros((), device=device) for name in names}
 
         def visit(signals: LayerSignals) -> None:
             with torch.enable_grad(), autocast(device, self.options):
                 total = torch.zeros((), device=device)
                 for name, value, weight in self.layer_losses(signals, extra):
                     total = total + weight * value
-                    parts[name] = parts.get(name, 0) + value.detach() / len(self.layers)
-            total.backward(torch.full_like(total, share / len(self.layers)))
+                    parts[name] = parts[name] + value.detach() / len(self.layers)
+            # A layer of which nothing is trained has a loss, but nothing to learn.
+            if total.requires_grad:
+                total.backward(torch.full_like(total, share / len(self.layers)))
             if "memories" in extra:
                 extra["memories"].detach()
             parts[f"layer.{signals.index}"] = total.detach()
 
         with autocast(device, self.options):
-            visit_layers(self.teacher, layers=self.layers, visit=visit, **batch.inputs())
+            visit_layers(self.teacher, layers=self.own, visit=visit, **batch.inputs())
         parts["loss"] = torch.stack([parts[f"layer.{index}"] for index in self.layers]).mean()
         return parts

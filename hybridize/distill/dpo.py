@@ -43,6 +43,7 @@ class Dpo(PostTraining):
             )
 
     needs_teacher: ClassVar[bool] = True
+    lanes: ClassVar[int] = 2
 
     @property
     def follows_itself(self) -> bool:
@@ -50,7 +51,7 @@ class Dpo(PostTraining):
 
     @property
     def step_tokens(self) -> int:
-        return 2 * self.step_rows * self.seq_tokens
+        return self.lanes * self.step_rows * self.seq_tokens
 
     def read(self, tokenizer: Any, source: str | Path) -> Examples:
         """Preference pairs."""

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from hybridize.capture import layer_outputs
 from hybridize.data import Batch
 from hybridize.distill.options import StageOptions, autocast, checkpoint_gradients, converted_layers
+from hybridize.distill.sharding import final_hidden, let_go
 from hybridize.distill.signals import Head, Signals
 from hybridize.errors import ConfigError
 
@@ -58,7 +59,7 @@ class KLStep:
 
     def _signals(self, model: Any, batch: Batch) -> Signals:
         with layer_outputs(model, self.layers) as layers, autocast(batch.ids.device, self.options):
-            hidden = model.model(**batch.inputs(), use_cache=False).last_hidden_state
+            hidden = final_hidden(model, batch)
         # A residual stream in fp32 would take the head out of the tensor cores' reach.
         hidden = hidden.to(torch.bfloat16) if self.options.dtype == "bf16" else hidden
         head = Head(weight=model.lm_head.weight)
@@ -79,5 +80,6 @@ class KLStep:
         student = self._signals(self.student, batch)
         parts = {name: loss(student, teacher, None) for name, loss in self.losses.items()}
         total = torch.stack([loss.weight * parts[name] for name, loss in self.losses.items()]).sum()
+        let_go(self.teacher)
         (total * share).backward()
         return {"loss": total.detach(), **{name: part.detach() for name, part in parts.items()}}

@@ -18,11 +18,16 @@ from typing import IO, Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
 
 from hybridize.data import Batch, TrainBlocks
+from hybridize.distill.guards import Guard, StopSignals, judge, worst_rows
+from hybridize.distill.layers import LayerShares
 from hybridize.distill.options import StageOptions
 from hybridize.distill.saves import Position, State, moments_of, restore_moments, write_state
-from hybridize.errors import ConfigError, TrainingError
+from hybridize.distill.sharded_saves import write_sharded
+from hybridize.errors import ConfigError
 from hybridize.storage import append_stream, disk_errors, write_text
 
 log = logging.getLogger(__name__)
@@ -77,6 +82,17 @@ class Run:
     metrics: Metrics | None
     """None on all processes but the main one."""
     progress: Progress | None
+    mesh: DeviceMesh | None = None
+    """The processes that weights are divided over; None where each holds them whole."""
+
+    def save(
+        self, position: Position, guard: Guard, weights: dict[str, Tensor], moments: dict[str, dict[str, Tensor]]
+    ) -> None:  # fmt: skip
+        """Write a training state; called by all processes."""
+        if self.mesh is not None:
+            write_sharded(self.accelerator, self.scratch, position, guard, weights, moments)
+        elif self.accelerator.is_main_process:
+            write_state(self.scratch, State(position=position, weights=weights, moments=moments, guard=guard))
 
 
 def seed_of(*parts: int) -> int:
@@ -94,41 +110,56 @@ def own_rows(batch: Batch, rank: int, world: int) -> Batch:
     return batch[rank * share : (rank + 1) * share]
 
 
-def gradients(run: Run, options: StageOptions, micro_step: MicroStep, trained: dict[str, nn.Parameter], batch: Batch) -> dict:
-    """Gradients of one step, summed over micro-batches and processes, and its losses, {name: value}.
+@dataclass(frozen=True, kw_only=True, eq=False)
+class StepLosses:
+    """What the processes agree on after a step's backward passes."""
+
+    losses: dict[str, float]
+    by_row: list[float]
+    """Of each row of the batch, the loss of the micro-batch it was in."""
+    stop: int
+    """The signal that asked some process to stop, 0 for none."""
+
+
+def gradients(
+    run: Run, options: StageOptions, micro_step: MicroStep, trained: dict[str, nn.Parameter], batch: Batch, asked: int | None
+) -> StepLosses:
+    """Gradients of one step, summed over micro-batches and processes, and its losses.
 
     A micro-batch's share is by what the stage counts, over the whole step: means do not depend on how it is divided.
     """
     accelerator = run.accelerator
-    rows = own_rows(batch, accelerator.process_index, accelerator.num_processes)
+    if options.by_layers:
+        rows, at = batch, 0
+    else:
+        rows = own_rows(batch, accelerator.process_index, accelerator.num_processes)
+        at = accelerator.process_index * len(rows)
     sums: dict[str, Tensor] = {}
+    by_row = torch.zeros(len(batch), device=accelerator.device)
     for part in rows.split(options.rows):
         share = options.weight(part) / options.weight(batch)
-        for name, value in micro_step(part.to(accelerator.device), share).items():
+        values = micro_step(part.to(accelerator.device), share)
+        for name, value in values.items():
             sums[name] = sums.get(name, 0) + value.float() * share
-    values = torch.stack(list(sums.values()))
+        by_row[at : at + len(part)] = values["loss"].float()
+        at += len(part)
+    values = torch.cat([torch.stack(list(sums.values())), by_row])
+    signals = torch.tensor([float(asked or 0)], device=values.device)
     if accelerator.num_processes > 1:
         dist.all_reduce(values)
-        for parameter in trained.values():
-            if parameter.grad is not None:
+        dist.all_reduce(signals, op=dist.ReduceOp.MAX)
+        for parameter in () if options.by_layers else trained.values():
+            # Those of divided weights were summed in the backward pass.
+            if parameter.grad is not None and not isinstance(parameter.grad, DTensor):
                 dist.all_reduce(parameter.grad)
-    return dict(zip(sums, values.tolist(), strict=True))
-
-
-def check_finite(losses: dict[str, float], norm: float, trained: dict[str, nn.Parameter], where: str) -> None:
-    """Raise a TrainingError, before any weight changes, when a loss or a gradient is not finite."""
-    broken = [name for name, value in losses.items() if not math.isfinite(value)]
-    if broken:
-        layers = [name for name in broken if name.startswith("layer.")]
-        raise TrainingError(f"{where}: the loss {(layers or broken)[0]!r} is {losses[(layers or broken)[0]]}, expected a number")
-    if not math.isfinite(norm):
-        gone = next(n for n, p in trained.items() if p.grad is not None and not bool(torch.isfinite(p.grad).all()))
-        raise TrainingError(f"{where}: the gradient of {gone} is not finite, its loss is {losses['loss']:.6g}")
+    found = values.tolist()
+    losses = dict(zip(sums, found, strict=False))
+    return StepLosses(losses=losses, by_row=found[len(losses) :], stop=int(signals.item()))
 
 
 def train(
     run: Run, stage: int, name: str, options: StageOptions, micro_step: MicroStep, trained: dict[str, nn.Parameter],
-    carried: dict[str, Tensor], blocks: TrainBlocks, start: State,
+    carried: dict[str, Tensor], blocks: TrainBlocks, start: State, shares: LayerShares | None = None,
 ) -> None:  # fmt: skip
     """Run one stage from where `start` stands to its end, saving on the way; the weights are changed in place.
 
@@ -142,44 +173,65 @@ def train(
         carried: weights that earlier stages trained, to be saved along.
         blocks: the batches.
         start: where to begin.
+        shares: who trains what where layers are shared out; `trained` is this process's own then.
 
     Raises:
-        TrainingError: a loss or gradient is not finite; nothing was updated with it.
+        TrainingError: a loss or gradient is not finite or a spike, and the stage is to stop at it; nothing was updated
+            with it.
+        StoppedError: SIGTERM or Ctrl-C; the step was finished and the state is saved.
     """
     optimizer = options.optimizer(trained)
     restore_moments(trained, optimizer, start.moments)
+    guard = start.guard
     last_save = f"step {start.position.step}" if start.position.step else "the start of the stage"
-    for step in range(start.position.step, options.steps):
-        began = time.perf_counter()
-        torch.manual_seed(seed_of(run.seed, stage, step, run.accelerator.process_index))
-        losses = gradients(run, options, micro_step, trained, blocks.batch(step))
-        grads = [p.grad for p in trained.values() if p.grad is not None]
-        norm = nn.utils.get_total_norm(grads)
-        where = f"stage {stage + 1} ({name}), step {step + 1}"
-        check_finite(losses, norm.item(), trained, f"{where}, stopped before the update; last saved state: {last_save}")
-        if options.clip is not None:
-            nn.utils.clip_grads_with_norm_(trained.values(), options.clip, norm)
-        for group in optimizer.param_groups:
-            group["lr"] = group["full_lr"] * options.rate(step)
-        optimizer.step()
-        optimizer.zero_grad()
-        done = step + 1
-        row = {
-            "stage": stage + 1, "name": name, "step": done, "tokens": done * options.step_tokens, **losses,
-            "lr": options.lr * options.rate(step), "grad_norm": norm.item(),
-            "tokens_per_s": options.step_tokens / (time.perf_counter() - began),
-        }  # fmt: skip
-        _report(run, row, options)
-        if done % options.save_steps == 0 and done < options.steps:
-            last_save = f"step {done}"
-            if run.accelerator.is_main_process:
-                position = Position(stage=stage, step=done)
-                weights = carried | {name: p.detach() for name, p in trained.items()}
-                write_state(run.scratch, State(position=position, weights=weights, moments=moments_of(trained, optimizer)))
+    with StopSignals() as signals:
+        for step in range(start.position.step, options.steps):
+            began = time.perf_counter()
+            torch.manual_seed(seed_of(run.seed, stage, step, run.accelerator.process_index))
+            found = gradients(run, options, micro_step, trained, blocks.batch(step), signals.asked)
+            grads = {key: p.grad for key, p in trained.items() if p.grad is not None}
+            norm = nn.utils.get_total_norm(grads.values())
+            norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+            if shares is not None:
+                square = norm.square()
+                dist.all_reduce(square)
+                norm = square.sqrt()
+            where = f"stage {stage + 1} ({name}), step {step + 1}"
+            taken = judge(
+                guard, options.on_spike, found.losses, worst_rows(found.by_row, options.rows), norm.item(), grads,
+                f"{where}, stopped before the update; last saved state: {last_save}",
+            )  # fmt: skip
+            if taken:
+                if options.clip is not None:
+                    nn.utils.clip_grads_with_norm_(trained.values(), options.clip, norm)
+                for group in optimizer.param_groups:
+                    group["lr"] = group["full_lr"] * options.rate(step)
+                optimizer.step()
+                guard.taken(found.losses["loss"])
+            optimizer.zero_grad()
+            done = step + 1
+            row = {
+                "stage": stage + 1, "name": name, "step": done, "tokens": done * options.step_tokens, **found.losses,
+                "lr": options.lr * options.rate(step), "grad_norm": norm.item(), **({} if taken else {"skipped": 1}),
+                "tokens_per_s": options.step_tokens / (time.perf_counter() - began),
+            }  # fmt: skip
+            _report(run, row, options)
+            if (done % options.save_steps == 0 and done < options.steps) or found.stop:
+                last_save = f"step {done}"
+                moments = moments_of(trained, optimizer)
+                weights = {name: p.detach() for name, p in trained.items()}
+                if shares is not None:
+                    moments, weights = shares.moments(moments), shares.weights()
+                run.save(Position(stage=stage, step=done), guard, carried | weights, moments)
+            if found.stop:
+                run.accelerator.wait_for_everyone()
+                signals.leave(found.stop, where)
 
 
 def _report(run: Run, row: dict[str, Any], options: StageOptions) -> None:
     log.debug("%s step %d of %d: loss %.6g", row["name"], row["step"], options.steps, row["loss"])
+    # NaN is no JSON, and no tracker draws it.
+    row = {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in row.items()}
     if run.metrics is not None:
         run.metrics.add(row)
     numbers = {key: value for key, value in row.items() if isinstance(value, (int, float))}

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from hybridize.distill.adapters import Lora
+from hybridize.distill.guards import OnSpike
 from hybridize.distill.losses import LOSSES
 from hybridize.errors import ConfigError
 from hybridize.modeling import FP32_PARAMETERS
@@ -55,6 +56,9 @@ class StageOptions:
     """Glob -> rate; the first that matches a parameter sets its rate in place of `lr`."""
     save_tokens: int | None = None
     """Tokens between two saved states; None is a tenth of the budget."""
+    on_spike: OnSpike = "stop"
+    """What a loss of 6 sigma above the last steps does, or one that is not finite: `stop` the run, `skip` the step, or
+    `ignore`, which takes a finite one and stops at what is not finite."""
     losses: list[dict[str, Any]] = field(default_factory=list)
     """What is minimised: {name, weight, ...} each."""
 
@@ -63,6 +67,10 @@ class StageOptions:
     needs_teacher: ClassVar[bool] = True
     follows_itself: ClassVar[bool] = False
     """Whether the teacher is the student as the stage finds it."""
+    divides: ClassVar[bool] = True
+    """Whether the stage runs with weights divided over processes."""
+    lanes: ClassVar[int] = 1
+    """Texts side by side in a row."""
 
     def __post_init__(self) -> None:
         if self.lora is not None:
@@ -85,6 +93,11 @@ class StageOptions:
             raise ConfigError(f"tokens is {self.tokens}, expected at least one step of {self.step_tokens}")
         if self.save_tokens is not None and self.save_tokens < 1:
             raise ConfigError(f"save_tokens is {self.save_tokens}, expected at least 1 or null")
+
+    @property
+    def by_layers(self) -> bool:
+        """Whether processes share out layers in place of rows."""
+        return False
 
     @property
     def step_rows(self) -> int:

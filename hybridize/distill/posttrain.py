@@ -49,6 +49,7 @@ class PostTraining(StageOptions):
     """Tokens whose logits exist at once."""
 
     needs_teacher: ClassVar[bool] = False
+    divides: ClassVar[bool] = False
     packs: ClassVar[bool] = False
     """Whether a row holds several texts."""
 

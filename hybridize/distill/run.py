@@ -1,6 +1,7 @@
 """distill: a hybrid directory in, the trained hybrid directory out."""
 
 import contextlib
+import dataclasses
 import logging
 import shutil
 from pathlib import Path
@@ -16,18 +17,20 @@ from hybridize.checkpoint import load_model, open_checkpoint, save_checkpoint
 from hybridize.core import digest
 from hybridize.data import Mixture, Sources, Tokens, read_tokens
 from hybridize.distill.adapters import Lora, inject, is_adapter, merged, targeted, watched
+from hybridize.distill.guards import Guard
 from hybridize.distill.job import Job, blocks_of, filled, measure_recall, read_examples, source_of, wanted, with_weights
+from hybridize.distill.layers import share_layers
 from hybridize.distill.loop import Metrics, Progress, Run, fork_random, seed_of, train
 from hybridize.distill.posttrain import PostTraining, Recall, recall_records, restore_qk, start_weights
-from hybridize.distill.saves import Position, State, read_latest_state, write_state
+from hybridize.distill.saves import Position, State, read_latest_state
+from hybridize.distill.sharded_saves import latest_folder, names_of, read_about, read_into, read_whole
+from hybridize.distill.sharding import asked_to_shard, check_divisible, load_sharded_pair, make_mesh
 from hybridize.distill.stages import STAGES
 from hybridize.errors import ConfigError
 from hybridize.lineage import is_complete, read_lineage
 from hybridize.storage import Staging, partial_folder
 
 log = logging.getLogger(__name__)
-
-SHARDED = {DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM}
 
 
 def metrics_path(out: Path | str) -> Path:
@@ -39,7 +42,7 @@ def metrics_path(out: Path | str) -> Path:
 def distill(
     student_dir: Path | str, stages: list[dict[str, Any]], text: Sources | Tokens | Mixture | None, out: Path | str,
     teacher: str | Path | None = None, resume: bool = False, seed: int = 0, progress: Progress | None = None,
-    tracker: Any = None, token_cache: Path | None = None, recall: Recall | None = None,
+    tracker: Any = None, token_cache: Path | None = None, recall: Recall | None = None, shard: bool = False,
 ) -> Path:  # fmt: skip
     """Train a hybrid against its teacher, stage after stage, and write the result as a directory like the student's.
 
@@ -59,6 +62,7 @@ def distill(
         token_cache: folder that keeps the tokens of sources; None is `<out>.tokens`, beside the output.
         tracker: for Accelerate's `log_with`: a name such as "tensorboard", or a GeneralTracker.
         recall: measures recall before and after stages that train on answers; None measures nothing.
+        shard: divide weights, gradients and moments over the processes, as a launch config for FSDP asks too.
 
     Returns:
         The output directory.
@@ -67,11 +71,13 @@ def distill(
         ConfigError: unknown options, globs that match nothing, an output that is there already.
         CheckpointError: student or teacher cannot be loaded.
         DataError: no text, or less than one row of it.
-        TrainingError: a loss or gradient that is not finite.
+        TrainingError: a loss that is not finite or leaps, where the stage does not skip it.
+        StoppedError: SIGTERM or Ctrl-C, after the step was finished and its state saved.
     """
-    if not stages:
-        raise ConfigError("distill: got no stages, expected at least one of " + ", ".join(STAGES.names()))
-    built = wanted(stages)
+    built = build_stages(stages)
+    shard = asked_to_shard(shard)
+    for name, options in built if shard else ():
+        check_divisible(name, options)
     sources = [source_of(options, name, text) for name, options in built]
     plain = [name for (name, options), source in zip(built, sources, strict=True) if source is None]
     if plain and text is None:
@@ -79,7 +85,7 @@ def distill(
     student_dir, out = Path(student_dir), Path(out).absolute()
     open_checkpoint(student_dir)
     lineage = read_lineage(student_dir)
-    teacher_dir = Path(teacher if teacher is not None else lineage["base"]["location"])
+    teacher_dir = teacher_of(student_dir, teacher)
     accelerator = _accelerator(tracker, out)
     tokens = None
     if isinstance(text, (Tokens, Mixture)):
@@ -101,12 +107,15 @@ def distill(
             shutil.rmtree(partial_folder(out))
         return out
     main = accelerator.is_main_process
-    with Staging(out, resume, digest(record)) if main else contextlib.nullcontext() as staging:
+    # A run that stopped at a spike is the same job when it goes on past it.
+    identity = {**record, "stages": [{key: spec[key] for key in spec if key != "on_spike"} for spec in specs]}
+    with Staging(out, resume, digest(identity)) if main else contextlib.nullcontext() as staging:
         job = Job(
             stages=built, examples=examples, tokens=tokens, student=student_dir, teacher=teacher_dir, out=out, recall=recall
         )
-        state = _train_all(accelerator, job, seed, progress)
+        state = _train_all(accelerator, job, seed, progress, shard)
         if staging is not None:
+            assert state is not None
             carried = {key: value for key, value in lineage.items() if key not in ("files", "versions")}
             carried["distill"] = [*lineage.get("distill", []), record]
             if found := recall_records(job.scratch, built):
@@ -118,6 +127,18 @@ def distill(
     return out
 
 
+def build_stages(stages: list[dict[str, Any]]) -> list[tuple[str, Any]]:
+    """(name, options) of each stage, without optional ones that have no data. Raises ConfigError for none, or a wrong one."""
+    if not stages:
+        raise ConfigError("distill: got no stages, expected at least one of " + ", ".join(STAGES.names()))
+    return wanted(stages)
+
+
+def teacher_of(student_dir: Path, teacher: str | Path | None) -> Path:
+    """The teacher that was given, or the base that the student's lineage names."""
+    return Path(teacher if teacher is not None else read_lineage(student_dir)["base"]["location"])
+
+
 def _accelerator(tracker: Any, out: Path) -> Accelerator:
     try:
         accelerator = Accelerator(
@@ -125,10 +146,10 @@ def _accelerator(tracker: Any, out: Path) -> Accelerator:
         )
     except ValueError as error:
         raise ConfigError(f"tracker: {str(error).splitlines()[0]}") from error
-    if accelerator.distributed_type in SHARDED:
+    if accelerator.distributed_type == DistributedType.MEGATRON_LM:
         raise ConfigError(
-            f"distill: started with {accelerator.distributed_type.value}, expected plain data parallelism; "
-            "use torchrun or the launch config accelerate/ddp.yaml"
+            f"distill: started with {accelerator.distributed_type.value}, expected data parallelism or FSDP; "
+            "use torchrun or the launch configs accelerate/ddp.yaml and fsdp2.yaml"
         )
     if tracker is not None and not accelerator.log_with:
         raise ConfigError(f"tracker: {tracker!r} is not installed; pip install it or leave it out")
@@ -147,43 +168,84 @@ def _fingerprint(folder: Path) -> str:
     return digest([open_checkpoint(folder).hash, files])
 
 
-def _train_all(accelerator: Accelerator, job: Job, seed: int, progress: Progress | None) -> State:
+def _train_all(accelerator: Accelerator, job: Job, seed: int, progress: Progress | None, shard: bool) -> State | None:
+    """Run what is left of all stages; the last state, on the main process, with everything that was trained."""
+    mesh = make_mesh(accelerator.device) if shard else None
     # The main process has opened the folder by now; all read the same state before it can be replaced.
     accelerator.wait_for_everyone()
-    state = read_latest_state(job.scratch) or State(position=Position(stage=0, step=0), weights={}, moments={})
+    state = _read_state(job.scratch, shard) or State(position=Position(stage=0, step=0), weights={}, moments={})
     accelerator.wait_for_everyone()
     log_file = Metrics(metrics_path(job.out), state.position) if accelerator.is_main_process else contextlib.nullcontext()
     with log_file as metrics, fork_random(accelerator.device):
-        run = Run(accelerator=accelerator, seed=seed, scratch=job.scratch, metrics=metrics, progress=progress)
+        run = Run(accelerator=accelerator, seed=seed, scratch=job.scratch, metrics=metrics, progress=progress, mesh=mesh)
         for index in range(len(job.stages)):
             if index == state.position.stage:
                 weights = _train_stage(run, job, index, state)
-                state = State(position=Position(stage=index + 1, step=0), weights=weights, moments={})
-                if accelerator.is_main_process:
-                    write_state(job.scratch, state)
-    return state
+                position = Position(stage=index + 1, step=0)
+                run.save(position, Guard(), weights, {})
+                state = State(position=position, weights={} if shard else weights, moments={})
+    if not shard:
+        return state
+    folder = latest_folder(job.scratch)
+    assert folder is not None
+    return read_whole(folder) if accelerator.is_main_process else None
+
+
+def _read_state(scratch: Path, shard: bool) -> State | None:
+    """The latest state; of a run that divides weights, its place alone, since each process reads its own part later."""
+    folder, plain = latest_folder(scratch), read_latest_state(scratch)
+    if folder is not None and plain is not None:
+        later = folder.name > plain.position.file.removesuffix(".safetensors")
+        folder, plain = (folder, None) if later else (None, plain)
+    if shard and plain is not None:
+        raise ConfigError(f"{scratch}: holds states of a run that did not divide weights; go on with it without --shard")
+    if folder is None:
+        return plain
+    if not shard:
+        return read_whole(folder)
+    position, guard = read_about(folder)
+    return State(position=position, weights={}, moments={}, guard=guard)
 
 
 def _train_stage(run: Run, job: Job, index: int, state: State) -> dict[str, Tensor]:
-    """Load, train, and return every weight trained so far, fp32 on the CPU, with no adapter among them."""
+    """Load, train, and return every weight trained so far: fp32 on the CPU with no adapter among them, or divided."""
     name, options = job.stages[index]
     device = run.accelerator.device
     before: dict[str, Tensor] = {}
     if isinstance(options, PostTraining):
         before = start_weights(run.scratch, state, run.accelerator.is_main_process, run.accelerator.wait_for_everyone)
         measure_recall(run, job, index, "before", before)
-    teacher_dir, teacher_weights = (job.student, before) if options.follows_itself else (job.teacher, {})
-    student, teacher, trained = load_pair(
-        job.student, teacher_dir, options, name, state.weights, device, teacher_weights, seed_of(run.seed, index)
-    )
+    if run.mesh is None:
+        teacher_dir, teacher_weights = (job.student, before) if options.follows_itself else (job.teacher, {})
+        student, teacher, trained = load_pair(
+            job.student, teacher_dir, options, name, state.weights, device, teacher_weights, seed_of(run.seed, index)
+        )
+        carried = {key: value for key, value in state.weights.items() if key not in trained and not is_adapter(key)}
+    else:
+        folder = latest_folder(run.scratch)
+        kept = names_of(folder) if folder is not None else set()
+        student, teacher, trained = load_sharded_pair(job.student, job.teacher, options, name, kept, device, run.mesh)
+        own = dict(student.named_parameters())
+        carried = {key: own[key].detach() for key in kept if key not in trained}
+        if folder is not None:
+            moments = read_into(folder, {key: own[key] for key in kept}, dict(trained) if state.position.step else {})
+            state = State(position=state.position, weights={}, moments=moments, guard=state.guard)
+    shares = share_layers(student, trained, run.mesh is not None) if options.by_layers else None
+    if shares is not None:
+        trained = shares.own
+        state = dataclasses.replace(state, moments={key: own for key, own in state.moments.items() if key in trained})
     blocks = blocks_of(job, index, seed_of(run.seed, index), student.config)
     micro_step = options.start(student, teacher, blocks.batch(0)[: options.rows].to(device))
     adapters = {key: parameter for key, parameter in trained.items() if is_adapter(key)}
     if adapters:
         micro_step = watched(micro_step, student, name)
-    carried = {key: value for key, value in state.weights.items() if key not in trained and not is_adapter(key)}
     log.info("distill: stage %d (%s): %d parameters, %d steps", index + 1, name, len(trained), options.steps)
-    train(run, index, name, options, micro_step, trained, carried, blocks, state)
+    train(run, index, name, options, micro_step, trained, carried, blocks, state, shares)
+    if shares is not None:
+        trained = shares.parameters
+        shares.weights()
+    if run.mesh is not None:
+        return carried | {key: parameter.detach() for key, parameter in trained.items()}
     weights = carried | {key: parameter.detach().cpu() for key, parameter in trained.items() if key not in adapters}
     if adapters:
         weights |= merged(student)

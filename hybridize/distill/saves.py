@@ -1,18 +1,19 @@
 """Training states on disk: one safetensors file each, whole or not there, the latest two kept.
 
-A state holds every parameter trained so far in fp32, AdamW's moments, and where the run stands. Random numbers need no
-place in it: every step seeds its own.
+A state holds every parameter trained so far in fp32, AdamW's moments, the last losses, and where the run stands. Random
+numbers need no place in it: every step seeds its own.
 """
 
 import dataclasses
 import json
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from hybridize.distill.guards import Guard, check_saved
 from hybridize.shards import Planned, plan_shards, read_header, read_tensor, tensor_bytes, write_shard
 
 log = logging.getLogger(__name__)
@@ -42,6 +43,8 @@ class State:
     """Every parameter trained so far, fp32."""
     moments: dict[str, dict[str, Tensor]]
     """Of this stage's parameters, AdamW's own state; empty at the start of a stage."""
+    guard: Guard = field(default_factory=Guard)
+    """The losses that the next ones of this stage are compared with."""
 
 
 def moments_of(trained: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> dict[str, dict[str, Tensor]]:
@@ -59,11 +62,17 @@ def restore_moments(
 
 
 def write_state(folder: Path, state: State) -> Path:
-    """Write a state, then remove all but the latest two. Raises ConfigError when the disk is full."""
-    position = torch.tensor(list(json.dumps(dataclasses.asdict(state.position)).encode()), dtype=torch.uint8)
-    tensors = {"position": position}
-    tensors |= {f"weight/{name}": weight for name, weight in state.weights.items()}
+    """Write a state, then remove all but the latest two.
+
+    Raises:
+        TrainingError: a weight or moment is not finite; nothing is written.
+        ConfigError: the disk is full.
+    """
+    tensors = {f"weight/{name}": weight for name, weight in state.weights.items()}
     tensors |= {f"{key}/{name}": value for name, own in state.moments.items() for key, value in own.items()}
+    check_saved(tensors, f"stage {state.position.stage + 1}, step {state.position.step}")
+    about = {"position": dataclasses.asdict(state.position), "guard": dataclasses.asdict(state.guard)}
+    tensors["about"] = torch.tensor(list(json.dumps(about).encode()), dtype=torch.uint8)
     planned = [Planned(name=n, dtype=t.dtype, shape=tuple(t.shape), group="") for n, t in tensors.items()]
     (shard,) = plan_shards(planned)
     shard = dataclasses.replace(shard, name=state.position.file)
@@ -79,7 +88,7 @@ def read_latest_state(folder: Path) -> State | None:
     if not files:
         return None
     headers, _ = read_header(files[-1])
-    position = Position(**json.loads(bytes(read_tensor(headers.pop("position")).tolist())))
+    about = json.loads(bytes(read_tensor(headers.pop("about")).tolist()))
     weights: dict[str, Tensor] = {}
     moments: dict[str, dict[str, Tensor]] = {}
     for full_name, info in headers.items():
@@ -89,4 +98,6 @@ def read_latest_state(folder: Path) -> State | None:
         else:
             moments.setdefault(name, {})[kind] = read_tensor(info)
     log.info("distill: going on from %s", files[-1])
-    return State(position=position, weights=weights, moments=moments)
+    return State(
+        position=Position(**about["position"]), weights=weights, moments=moments, guard=Guard(**about["guard"])
+    )  # fmt: skip

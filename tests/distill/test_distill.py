@@ -171,8 +171,8 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(folders, tmp_path, st
 def test_a_gradient_that_is_not_finite_stops_and_names_the_last_state(folders, tmp_path, monkeypatch):
     real, calls = loop.gradients, []
 
-    def gradients(run, options, micro_step, trained, batch):
-        losses = real(run, options, micro_step, trained, batch)
+    def gradients(run, options, micro_step, trained, batch, asked):
+        losses = real(run, options, micro_step, trained, batch, asked)
         calls.append(1)
         if len(calls) == 4:
             trained["model.layers.0.self_attn.v_proj.weight"].grad[0, 0] = float("nan")

@@ -115,8 +115,7 @@ def test_the_loop_takes_shares_by_what_the_stage_counts(folders, examples):
         process_index, num_processes, device = 0, 1, CPU
 
     run = loop.Run(accelerator=One, seed=0, scratch=None, metrics=None, progress=None)
-    losses = loop.gradients(run, options, step, trained, batch)
-    losses = getattr(losses, "losses", losses)
+    losses = loop.gradients(run, options, step, trained, batch, None).losses
     assert losses["loss"] == pytest.approx(float(whole[0]), rel=1e-5)
     assert_close(torch.cat([p.grad.flatten() for p in trained.values()]), whole[1], "fp32", grad=True)
 

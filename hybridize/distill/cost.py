@@ -1,0 +1,315 @@
+"""What a run will cost, known before anything is loaded: tokens, FLOP, GPU-hours, and memory of each process.
+
+Weights, gradients and moments are exact; activations are those that the backward pass keeps, so that a fit which is only
+just one may not be. FLOP are of matrix products; see counting.py.
+"""
+
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from hybridize.checkpoint import describe, stored_dtype
+from hybridize.distill.adapters import Lora, targeted
+from hybridize.distill.align import aligned_layers
+from hybridize.distill.counting import Beside, LayerCounter, Work, fake_tensors
+from hybridize.distill.losses import LOSSES
+from hybridize.distill.options import StageOptions
+from hybridize.errors import ConfigError
+
+H100_FLOPS = 989e12
+"""Dense bf16 products of an H100 or H200 in a second, as its data sheet has them."""
+MOST_PROCESSES = 1024
+
+
+@dataclass(frozen=True, kw_only=True)
+class Machine:
+    """What it runs on."""
+
+    processes: int = 1
+    sharded: bool = False
+    bytes_each: float | None = None
+    """Memory of one process's device; None is not known."""
+    mfu: float = 0.4
+    """Share of the peak that is reached."""
+    peak_flops: float = H100_FLOPS
+
+    def __post_init__(self) -> None:
+        if self.processes < 1 or not 0 < self.mfu <= 1 or self.peak_flops <= 0:
+            raise ConfigError(
+                f"processes is {self.processes}, mfu {self.mfu}, peak {self.peak_flops:g} FLOP/s; expected at least 1, "
+                "above 0 and at most 1, above 0"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sizes:
+    """What the memory of a stage follows from, in bytes for one whole model and one row."""
+
+    frozen: int
+    """Frozen weights, the teacher's and those of the student's that are not the same tensors."""
+    trained: int
+    """Trained weights in fp32."""
+    largest_unit: int
+    """Weights of the largest part that is gathered at once where weights are sharded."""
+    saved_row: float
+    """What the backward pass keeps of a row, all layers."""
+    saved_row_checkpointed: float
+    """The same with gradient checkpointing."""
+    fixed: float
+    """Whatever the rows: logits of a chunk, the head's gradient, casts of weights."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageCost:
+    """One stage of a run."""
+
+    name: str
+    tokens: int
+    steps: int
+    trained_parameters: int
+    flops: float
+    """Of all its tokens."""
+    gpu_hours: float
+    memory: dict[str, float]
+    """Bytes of one process: weights, gradients, moments, frozen, gathered, activations."""
+    advice: str = field(default="")
+    """Why it will not fit and what would; empty when it fits or nothing is known."""
+
+    @property
+    def certain_bytes(self) -> float:
+        """What is there whatever the rows: all but activations."""
+        return sum(value for key, value in self.memory.items() if key != "activations")
+
+    @property
+    def total_bytes(self) -> float:
+        return sum(self.memory.values())
+
+
+def device_bytes() -> float:
+    """Memory of this process's device: the GPU's, or this process's part of the RAM that is free."""
+    if torch.cuda.is_available():
+        return float(torch.cuda.get_device_properties(int(os.environ.get("LOCAL_RANK", "0"))).total_memory)
+    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if Path("/proc/meminfo").exists():
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        free = next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
+    return free / int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def memory(sizes: Sizes, options: StageOptions, machine: Machine, checkpointing: bool) -> dict[str, float]:
+    """Bytes of one process by what they hold.
+
+    trained weights 4 N, gradients 4 N, AdamW's moments 8 N, all fp32; sharded, each is divided, and the largest part of
+    student and teacher is there in full while it is at work.
+    """
+    parts = machine.processes if machine.sharded else 1
+    # Layers that are shared out: each process has the gradients and moments of its own.
+    learners = machine.processes if getattr(options, "parallel", "data") == "layers" else parts
+    saved = sizes.saved_row_checkpointed if checkpointing else sizes.saved_row
+    return {
+        "weights": sizes.trained / parts,
+        "gradients": sizes.trained / learners,
+        "moments": 2 * sizes.trained / learners,
+        "frozen": sizes.frozen / parts,
+        "gathered": float(sizes.largest_unit) if machine.sharded and parts > 1 else 0.0,
+        "activations": options.lanes * options.rows * saved + sizes.fixed,
+    }
+
+
+def advise(sizes: Sizes, options: StageOptions, machine: Machine, can_checkpoint: bool) -> str:
+    """One line for a stage that will not fit: what it needs, what is there, and the least change that would fit."""
+    needed = sum(memory(sizes, options, machine, options.gradient_checkpointing).values())
+    if machine.bytes_each is None or needed <= machine.bytes_each:
+        return ""
+    said = f"will not fit: needs {needed / 1e9:.2f} GB a process, have {machine.bytes_each / 1e9:.2f} GB; "
+    counts = [machine.processes]
+    while counts[-1] * 2 <= MOST_PROCESSES:
+        counts.append(counts[-1] * 2)
+    for processes in counts:
+        for sharded in (False, True) if processes == machine.processes else (True,):
+            for checkpointing in (False, True) if can_checkpoint else (False,):
+                other = Machine(processes=processes, sharded=sharded)
+                if sum(memory(sizes, options, other, checkpointing).values()) <= machine.bytes_each:
+                    words = []
+                    if processes != machine.processes or (sharded and not machine.sharded):
+                        words.append(f"--shard over {processes} processes")
+                    if checkpointing and not options.gradient_checkpointing:
+                        words.append("gradient_checkpointing=true")
+                    if words:
+                        return f"{said}would fit with {' and '.join(words)}"
+    return (
+        f"{said}not even shards on {MOST_PROCESSES} processes would; fewer rows (now {options.rows}) or shorter ones would help"
+    )
+
+
+def _numbers(parameters: Any) -> int:
+    return sum(parameter.numel() for parameter in parameters)
+
+
+def _bytes(parameters: Any) -> int:
+    return sum(parameter.numel() * parameter.element_size() for parameter in parameters)
+
+
+def _fake(described: Any, options: StageOptions) -> Any:
+    """A model of fake tensors in the dtypes that it is trained in."""
+    model = AutoModelForCausalLM.from_config(described.config, attn_implementation="sdpa")
+    dtype = torch.float32 if options.dtype == "fp32" else described.dtype
+    for name, parameter in model.named_parameters():
+        parameter.data = parameter.data.to(stored_dtype(name, dtype))
+        parameter.requires_grad_(False)
+    return model.train()
+
+
+def stage_cost(
+    student: Any, teacher: Any, name: str, options: Any, trained_before: set[str], machine: Machine
+) -> tuple[StageCost, set[str]]:
+    """The cost of one stage, and the names of the weights that it changes.
+
+    Args:
+        student: as `checkpoint.describe` gives it.
+        teacher: the same.
+        name: the stage's.
+        options: its options.
+        trained_before: names that earlier stages trained, which are fp32 and no longer the teacher's.
+        machine: what it runs on.
+
+    Raises:
+        ConfigError: as the stage itself does for globs that match nothing.
+    """
+    with fake_tensors():
+        own, other = _fake(student, options), _fake(student if options.follows_itself else teacher, options)
+        candidates = options.candidates(own)
+        trained = options.choose(candidates, name)
+        for parameter in trained.values():
+            parameter.data = parameter.data.float()
+            parameter.requires_grad_(True)
+        theirs = dict(other.named_parameters(remove_duplicate=False)) if options.needs_teacher else {}
+        apart = []
+        for key, parameter in own.named_parameters():
+            twin = theirs.get(key)
+            if key in trained_before:
+                parameter.data = parameter.data.float()
+                if twin is not None and options.follows_itself:
+                    twin.data = twin.data.float()
+            changed = key in trained_before and not options.follows_itself
+            if key not in trained and (
+                changed or twin is None or twin.shape != parameter.shape or twin.dtype != parameter.dtype
+            ):  # fmt: skip
+                apart.append(parameter)
+        frozen = (_bytes(other.parameters()) if options.needs_teacher else 0) + _bytes(apart)
+        changes = set(trained)
+        if options.lora is not None:
+            lora = Lora(**options.lora)
+            targets = targeted(own, lora, candidates, name)
+            for target in targets:
+                own.set_submodule(target, Beside(own.get_submodule(target), lora.rank))
+            adapters = {key: p for key, p in own.named_parameters() if ".adapter." in key}
+            # What leaves the stage is the projection with its adapter in it.
+            trained, changes = trained | adapters, changes | {f"{target}.weight" for target in targets}
+        sizes, per_token = _align_sizes(own, other, options) if name == "align" else _whole_sizes(own, other, options)
+        sizes = Sizes(**{**sizes, "frozen": frozen, "trained": _bytes(trained.values())})
+        count = _numbers(trained.values())
+    tokens = options.steps * options.step_tokens
+    cost = StageCost(
+        name=name, tokens=tokens, steps=options.steps, trained_parameters=count, flops=per_token * tokens,
+        gpu_hours=per_token * tokens / (machine.mfu * machine.peak_flops) / 3600,
+        memory=memory(sizes, options, machine, options.gradient_checkpointing),
+        advice=advise(sizes, options, machine, name != "align"),
+    )  # fmt: skip
+    return cost, changes
+
+
+def _units(model: Any) -> list[int]:
+    """Bytes of what is gathered at once: each layer, and what lies outside of them."""
+    layers = [_bytes(layer.parameters()) for layer in model.model.layers]
+    return [*layers, _bytes(model.parameters()) - sum(layers)]
+
+
+def _align_sizes(own: Any, other: Any, options: Any) -> tuple[dict[str, Any], float]:
+    losses = [LOSSES.build(spec) for spec in options.losses]
+    with_mlp = any("hidden" in loss.needs for loss in losses)
+    layers = aligned_layers(own)
+    autocast = options.dtype == "bf16"
+    counter, teacher = (LayerCounter(model, options.seq_tokens, autocast) for model in (own, other))
+    works = [counter.mixer(index, with_mlp) for index in layers]
+    # The teacher runs up to the last layer that learns.
+    forward = sum(teacher.layer(index, False).forward for index in range(layers[-1] + 1))
+    flops = forward + sum(work.forward + work.backward for work in works)
+    saved = max(work.saved for work in works)
+    sizes = {
+        "saved_row": saved, "saved_row_checkpointed": saved, "fixed": max(work.casts for work in works),
+        "largest_unit": max(_units(own)[:-1]) + max(_units(other)),
+    }  # fmt: skip
+    return sizes, flops / options.seq_tokens
+
+
+def _whole_sizes(own: Any, other: Any, options: Any) -> tuple[dict[str, Any], float]:
+    autocast, tokens = options.dtype == "bf16", options.seq_tokens
+    counter, teacher = (LayerCounter(model, tokens, autocast) for model in (own, other))
+    works: list[Work] = []
+    gradient = own.model.embed_tokens.weight.requires_grad
+    for index, layer in enumerate(own.model.layers):
+        works.append(counter.layer(index, gradient))
+        gradient = gradient or any(parameter.requires_grad for parameter in layer.parameters())
+    flops = sum(work.forward + work.backward for work in works) / tokens
+    if options.gradient_checkpointing:
+        flops += sum(work.forward for work in works) / tokens
+    losses = {spec["name"]: LOSSES.build(spec) for spec in options.losses}
+    # (tokens of a chunk of logits, whether the teacher has logits too), for each loss over logits.
+    heads = [(loss.chunk_tokens, name != "cross_entropy") for name, loss in losses.items() if "head" in loss.needs]
+    with_teacher = options.needs_teacher and set(losses) != {"cross_entropy"}
+    if not losses:
+        heads = [(options.chunk_tokens, with_teacher)]
+    if with_teacher:
+        flops += sum(teacher.layer(index, False).forward for index in range(len(other.model.layers))) / tokens
+    head = own.lm_head.weight
+    fixed = 0.0
+    for chunk, of_teacher in heads:
+        # Logits, the gradient of what made them, and the head's own: 2 V D each; the teacher's logits.
+        flops += 2 * head.numel() * (2 + head.requires_grad) + (2 * other.lm_head.weight.numel() if of_teacher else 0)
+        fixed = max(fixed, 4 * 4.0 * min(chunk, options.rows * tokens) * head.shape[0])
+    fixed += (4.0 * head.numel() if head.requires_grad else 0.0) + sum(work.casts for work in works)
+    hidden = tokens * own.config.hidden_size * (2 if autocast else 4)
+    stream = tokens * own.config.hidden_size * counter.dtype.itemsize
+    final = 3.0 * hidden + (tokens * other.config.hidden_size * (2 if autocast else 4) if with_teacher else 0)
+    saved = [work.saved for work in works]
+    sizes = {
+        "saved_row": sum(saved) + final, "saved_row_checkpointed": len(saved) * stream + max(saved) + final, "fixed": fixed,
+        "largest_unit": sum(max(_units(model)[:-1]) + _units(model)[-1] for model in (own, other)),
+    }  # fmt: skip
+    return sizes, flops
+
+
+def run_cost(
+    student_dir: Path | str, teacher_dir: Path | str, stages: list[tuple[str, Any]], machine: Machine
+) -> list[StageCost]:
+    """The cost of every stage of a run; reads config.json and headers only.
+
+    Args:
+        student_dir: the hybrid.
+        teacher_dir: its teacher.
+        stages: (name, options) each.
+        machine: what it runs on.
+
+    Raises:
+        CheckpointError: a directory cannot be read.
+        ConfigError: a stage does not fit the student.
+    """
+    student, teacher = describe(student_dir), describe(teacher_dir)
+    costs, before = [], set()
+    for name, options in stages:
+        cost, trained = stage_cost(student, teacher, name, options, before, machine)
+        costs.append(cost)
+        before |= trained
+    return costs
+
+
+def refuse(costs: list[StageCost], machine: Machine) -> None:
+    """Raise a ConfigError for a stage whose weights, gradients and moments alone are more than there is."""
+    for number, cost in enumerate(costs, 1):
+        if machine.bytes_each is not None and cost.certain_bytes > machine.bytes_each:
+            raise ConfigError(f"stage {number} ({cost.name}): {cost.advice}")
