@@ -105,14 +105,15 @@ class Sample:
         flat = self.k.flatten(2)
         key = _turned((flat @ rotary.rope_key.float().T)[:, :, None], angles)[:, :, 0]
         plain = (flat @ rotary.plain.float().T).unflatten(-1, (-1, self.heads.width))
-        total = torch.zeros(*flat.shape[:2], len(self.out))
+        wrong = []
         for head in range(self.heads.count):
             group = head // (self.heads.count // self.heads.groups)
             query = self.q[:, :, head]
             turned = _turned((query @ rotary.rope_query[head].float().T)[:, :, None], angles)[:, :, 0]
             p, v = self.head(head)
             mine = self.attention(turned @ key.mT + query @ plain[:, :, group].mT)
-            total += (mine - p) @ v @ self.out[:, head].T
+            wrong.append((mine - p) @ v)
+        total = torch.cat(wrong, dim=-1) @ self.out.flatten(1).T
         return float(total.square().mean())
 
 
