@@ -169,6 +169,7 @@ def test_the_published_formulas_at_8b(tmp_path):
     assert abs(cost.flops / cost.tokens / (2 * (mix + mlp) + attention) - 1) > 0.3
 
 
+@pytest.mark.slow
 def test_long_rows_cost_what_a_straight_line_says(folders):
     counts = {}
     for tokens in (512, 1024, 1536):

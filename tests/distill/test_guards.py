@@ -205,6 +205,7 @@ def finish(process):
     return process.returncode, out, err
 
 
+@pytest.mark.slow
 def test_sigterm_saves_and_leaves_and_the_lock_holds_until_then(folders, tmp_path):
     out = tmp_path / "out"
     first = start(folders[1], out, pause=1.5)
@@ -225,6 +226,7 @@ def test_sigterm_saves_and_leaves_and_the_lock_holds_until_then(folders, tmp_pat
     assert hashes(out) == hashes(whole)
 
 
+@pytest.mark.slow
 def test_a_second_ctrl_c_stops_at_once(folders, tmp_path):
     process = start(folders[1], tmp_path / "out", 60.0)
     process.stdout.readline()

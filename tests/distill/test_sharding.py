@@ -86,6 +86,7 @@ def whole_gradients(folders, spec):
     return loss, torch.cat([p.grad.flatten() for p in trained.values()]), trained
 
 
+@pytest.mark.slow
 def test_two_processes_have_the_gradients_of_one(folders, tmp_path):
     mp.spawn(worker, args=(folders, str(tmp_path / "store"), str(tmp_path)), nprocs=2)
     found = [[torch.load(tmp_path / f"{n}-{rank}.pt") for rank in range(2)] for n in range(len(STAGES_TRIED) + 1)]
