@@ -31,7 +31,7 @@ class MLAFromGQA:
     """How a latent attention layer is seeded."""
 
     method: Literal["transmla", "svd", "partial_rope"] = "transmla"
-    freq_fold: int | Literal["search"] = 1
+    freq_fold: int | Literal["search"] = "search"
     """transmla: adjacent frequencies treated as one; a divisor of head_dim / 2. `search` doubles it while that helps a layer."""
     weigh: Literal["output", "activations"] = "output"
     """transmla: what an error counts by. `activations` is the published balance of keys and values."""
