@@ -207,7 +207,7 @@ def joined_starts(parts: list[tuple[int, np.ndarray]]) -> np.ndarray:
         [documents], int64: rising, each once, none at the end of the text.
     """
     offsets = np.cumsum([0, *(tokens for tokens, _ in parts)])
-    starts = [part + offset for (_, part), offset in zip(parts, offsets, strict=False)]
+    starts = [part + offset for (_, part), offset in zip(parts, offsets[:-1], strict=True)]
     found = np.unique(np.concatenate(starts)) if starts else np.zeros(0, dtype=np.int64)
     return found[found < offsets[-1]]
 

@@ -136,8 +136,9 @@ def gradients(
         at = accelerator.process_index * len(rows)
     sums: dict[str, Tensor] = {}
     by_row = torch.zeros(len(batch), device=accelerator.device)
+    whole = options.weight(batch)
     for part in rows.split(options.rows):
-        share = options.weight(part) / options.weight(batch)
+        share = options.weight(part) / whole
         values = micro_step(part.to(accelerator.device), share)
         for name, value in values.items():
             sums[name] = sums.get(name, 0) + value.float() * share
@@ -153,8 +154,8 @@ def gradients(
             if parameter.grad is not None and not isinstance(parameter.grad, DTensor):
                 dist.all_reduce(parameter.grad)
     found = values.tolist()
-    losses = dict(zip(sums, found, strict=False))
-    return StepLosses(losses=losses, by_row=found[len(losses) :], stop=int(signals.item()))
+    losses = dict(zip(sums, found[: len(sums)], strict=True))
+    return StepLosses(losses=losses, by_row=found[len(sums) :], stop=int(signals.item()))
 
 
 def train(

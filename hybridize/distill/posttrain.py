@@ -5,6 +5,7 @@ in Hybrid LLMs", arXiv 2606.11052). So recall is compared before and after, and 
 """
 
 import logging
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,7 +33,7 @@ SHORT, LONG = 1 << 20, 1 << 21
 
 
 @dataclass(frozen=True, kw_only=True)
-class PostTraining(StageOptions):
+class PostTraining(StageOptions, ABC):
     """Options of a stage that trains on chats or preferences."""
 
     data: str | None = None
@@ -68,13 +69,13 @@ class PostTraining(StageOptions):
         """Every parameter."""
         return dict(student.named_parameters())
 
+    @abstractmethod
     def read(self, tokenizer: Any, source: str | Path) -> Examples:
         """The data set in a source, as this stage takes it."""
-        raise NotImplementedError
 
+    @abstractmethod
     def start(self, student: Any, teacher: Any, first: ChatBatch) -> Any:
         """The step of the stage."""
-        raise NotImplementedError
 
     def hidden_states(self, model: Any, batch: ChatBatch) -> Tensor:
         """What the head reads at each token of [B, L, T] texts, [B, L, T, D]."""

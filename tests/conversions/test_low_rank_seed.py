@@ -4,17 +4,17 @@ import math
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
 from hybridize.checkpoint import load_model, open_base
 from hybridize.conversions import convert, plan
 from hybridize.conversions.layer import LayerCalibration, layer_generator
 from hybridize.conversions.low_rank_from_gqa import LowRankFromGQA, factor, query_metric
 from hybridize.conversions.plan import build_mixer
-from hybridize.data import eval_blocks, read_documents, tokenize
 from hybridize.errors import ConfigError
 from hybridize.families import FAMILIES
 from hybridize.mixers import MIXERS
+from tests.conversions.real import perplexity, stories_rows
 from tests.tiny import tiny_base
 from tests.tolerances import assert_close, rms_ratio
 
@@ -188,23 +188,12 @@ def test_text_is_asked_for_and_no_native_class_is_promised(tmp_path):
 def test_real_model_before_any_training(shared_data, tmp_path):
     """stories260K, every layer: a quarter of the cache, against both published methods at the same bytes."""
     path = shared_data / "models" / "stories260K"
-    base, tokenizer = open_base(path), AutoTokenizer.from_pretrained(path)
-
-    def rows(name, count):
-        blocks = eval_blocks(tokenize(tokenizer, read_documents(shared_data / "text" / "tinystories" / name)), 256, 1)
-        return blocks[torch.linspace(0, len(blocks) - 1, count).long()]
-
-    train, dev = rows("v1_train.txt", 24), rows("v1_dev.txt", 8)
-
-    def perplexity(model):
-        with torch.no_grad():
-            logits = model.eval()(dev).logits[:, :-1]
-        return math.exp(float(torch.nn.functional.cross_entropy(logits.flatten(0, 1), dev[:, 1:].flatten())))
-
-    found = {"base": perplexity(load_model(path))}
+    base = open_base(path)
+    train, dev = stories_rows(shared_data, "v1_train.txt", 24), stories_rows(shared_data, "v1_dev.txt", 8)
+    found = {"base": perplexity(load_model(path), dev)}
     for method, options in {"calibrated": {}, "palu": {"v_share": 0.5}, "svd": {"v_share": 0.5}}.items():
         mixer = {"name": "low_rank_kv", "rank": 0.25, "method": method, **options}
         convert(plan(base, {"keep": {"layers": []}, "mixer": mixer}, "t", 0), tmp_path / method, train)
-        found[method] = perplexity(load_model(tmp_path / method))
+        found[method] = perplexity(load_model(tmp_path / method), dev)
     assert found["calibrated"] < 1.8 * found["base"]
     assert found["calibrated"] < 0.8 * found["palu"] < found["svd"]

@@ -1,8 +1,10 @@
 """Seeds of shared latents: exact at full rank, the best latents there are below it, and what they are told of layers above."""
 
+import math
+
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
 from hybridize.checkpoint import load_model, open_base
 from hybridize.conversions import convert, plan
@@ -11,10 +13,10 @@ from hybridize.conversions.layer import LayerCalibration, layer_generator
 from hybridize.conversions.low_rank_from_gqa import query_metric
 from hybridize.conversions.plan import build_mixer
 from hybridize.conversions.xkv_from_gqa import XKVFromGQA, leading
-from hybridize.data import eval_blocks, read_documents, tokenize
 from hybridize.errors import ConfigError
 from hybridize.families import FAMILIES
 from hybridize.mixers import MIXERS
+from tests.conversions.real import perplexity, stories_rows
 from tests.tiny import tiny_base
 from tests.tolerances import assert_close, rms_ratio
 
@@ -287,20 +289,9 @@ def test_text_is_asked_for_and_no_native_class_is_promised(tmp_path):
 def test_real_model_before_any_training(shared_data, tmp_path):
     """stories260K, every layer: a quarter of the cache, against low-rank keys and values of each layer alone, ours and Palu's."""
     path = shared_data / "models" / "stories260K"
-    base, tokenizer = open_base(path), AutoTokenizer.from_pretrained(path)
-
-    def rows(name, count):
-        blocks = eval_blocks(tokenize(tokenizer, read_documents(shared_data / "text" / "tinystories" / name)), 256, 1)
-        return blocks[torch.linspace(0, len(blocks) - 1, count).long()]
-
-    train, dev = rows("v1_train.txt", 24), rows("v1_dev.txt", 8)
-
-    def loss(model):
-        with torch.no_grad():
-            logits = model.eval()(dev).logits[:, :-1]
-        return float(torch.nn.functional.cross_entropy(logits.flatten(0, 1), dev[:, 1:].flatten()))
-
-    found = {"base": loss(load_model(path))}
+    base = open_base(path)
+    train, dev = stories_rows(shared_data, "v1_train.txt", 24), stories_rows(shared_data, "v1_dev.txt", 8)
+    found = {"base": math.log(perplexity(load_model(path), dev))}
     mixers = {
         "shared": {"name": "xkv"},
         "low rank": {"name": "low_rank_kv"},
@@ -308,6 +299,6 @@ def test_real_model_before_any_training(shared_data, tmp_path):
     }
     for name, mixer in mixers.items():
         convert(plan(base, {"keep": {"layers": []}, "mixer": {**mixer, "rank": 0.25}}, "t", 0), tmp_path / name, train)
-        found[name] = loss(load_model(tmp_path / name))
+        found[name] = math.log(perplexity(load_model(tmp_path / name), dev))
     assert found["base"] < found["shared"] < found["low rank"] < found["palu"]
     assert found["shared"] - found["base"] < 0.5 * (found["low rank"] - found["base"])

@@ -1,6 +1,8 @@
 import pytest
 import torch
 
+from tests.distill.pair import tiny_pair, tiny_tokens
+
 
 @pytest.fixture(autouse=True)
 def _one_thread():
@@ -8,3 +10,13 @@ def _one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    return tiny_pair(tmp_path_factory.mktemp("pair"))
+
+
+@pytest.fixture
+def ids():
+    return torch.from_numpy(tiny_tokens(64).ids.astype("int64")).view(4, 16)

@@ -23,27 +23,16 @@ from hybridize.modeling import build_model, hybrid_config
 from hybridize.storage import file_sha256, partial_folder
 from tests.distill.pair import tiny_pair, tiny_tokens
 from tests.distill.test_distill import Stop, stop_after
+from tests.distill.test_stages import CPU, SMALL
 from tests.tiny import SIZES
 from tests.tolerances import assert_close
 
 QV = {"targets": ["*.self_attn.[qv]_proj"], "rank": 4, "alpha": 6}
-SMALL = {"tokens": 4096, "seq_tokens": 16, "rows": 4}
 KL = {"name": "kl", "tokens": 5 * 64, "seq_tokens": 16, "rows": 4, "lr": 1e-2, "save_tokens": 128}
 LORA = [
     {**KL, "lora": {**QV, "dropout": 0.2}, "train": ["model.norm.weight"]},
     {**KL, "lora": {"targets": ["*.mlp.*"], "rank": 2}, "tokens": 2 * 64},
 ]
-CPU = torch.device("cpu")
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    return tiny_pair(tmp_path_factory.mktemp("pair"))
-
-
-@pytest.fixture
-def ids():
-    return torch.from_numpy(tiny_tokens(64).ids.astype("int64")).view(4, 16)
 
 
 def pair(folders, options, name="kl", weights=None):

@@ -90,7 +90,7 @@ def whole_gradients(folders, spec):
 def test_two_processes_have_the_gradients_of_one(folders, tmp_path):
     mp.spawn(worker, args=(folders, str(tmp_path / "store"), str(tmp_path)), nprocs=2)
     found = [[torch.load(tmp_path / f"{n}-{rank}.pt") for rank in range(2)] for n in range(len(STAGES_TRIED) + 1)]
-    for spec, ranks in zip(STAGES_TRIED, found, strict=False):
+    for spec, ranks in zip(STAGES_TRIED, found[:-1], strict=True):
         row = "bf16" if spec.get("dtype") == "bf16" else "fp32"
         loss, grads, trained = whole_gradients(folders, spec)
         assert list(ranks[0][1]) == list(trained)

@@ -10,22 +10,12 @@ from hybridize.distill.kl import KLStage
 from hybridize.distill.run import load_pair
 from hybridize.distill.stages import STAGES
 from hybridize.errors import ConfigError
-from tests.distill.pair import KEEP, STREAMING, tiny_pair, tiny_tokens
+from tests.distill.pair import KEEP, STREAMING, tiny_pair
 from tests.tolerances import assert_close, rms_ratio
 
 MAMBA, GMU = {"name": "mamba2"}, {"name": "gmu", "reads": 0}
 SMALL = {"tokens": 4096, "seq_tokens": 16, "rows": 4}
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    return tiny_pair(tmp_path_factory.mktemp("pair"))
-
-
-@pytest.fixture
-def ids():
-    return torch.from_numpy(tiny_tokens(64).ids.astype("int64")).view(4, 16)
 
 
 def pair(folders, options, name="align"):
@@ -35,6 +25,20 @@ def pair(folders, options, name="align"):
 
 def grads_of(trained):
     return torch.cat([p.grad.flatten() for p in trained.values()])
+
+
+def assert_micro_batches_add_up(step, trained, ids):
+    """Parts of a step, by their shares, have the gradient of the whole; a part too many has not."""
+    step(Batch(ids), 1.0)
+    whole = grads_of(trained)
+    for p in trained.values():
+        p.grad = None
+    step(Batch(ids[:1]), 0.25)
+    step(Batch(ids[1:]), 0.75)
+    assert_close(grads_of(trained), whole, "fp32", grad=True)
+    step(Batch(ids[:1]), 0.25)
+    with pytest.raises(AssertionError):
+        assert_close(grads_of(trained), whole, "fp32", grad=True)
 
 
 def test_visiting_hands_over_what_the_model_computes(folders, ids):
@@ -108,16 +112,7 @@ def test_micro_batches_add_up(folders, ids, cls):
     name = "align" if cls is Align else "kl"
     student, teacher, trained = pair(folders, options, name)
     step = options.start(student, teacher, Batch(ids))
-    step(Batch(ids), 1.0)
-    whole = grads_of(trained)
-    for p in trained.values():
-        p.grad = None
-    step(Batch(ids[:1]), 0.25)
-    step(Batch(ids[1:]), 0.75)
-    assert_close(grads_of(trained), whole, "fp32", grad=True)
-    step(Batch(ids[:1]), 0.25)
-    with pytest.raises(AssertionError):
-        assert_close(grads_of(trained), whole, "fp32", grad=True)
+    assert_micro_batches_add_up(step, trained, ids)
 
 
 def test_align_holds_one_model(folders):
