@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 from hybridize.checkpoint import describe, stored_dtype
 from hybridize.distill.adapters import Lora, targeted
 from hybridize.distill.align import aligned_layers
-from hybridize.distill.counting import Beside, LayerCounter, Work, fake_tensors
+from hybridize.distill.counting import Beside, Known, LayerCounter, Work, fake_tensors
 from hybridize.distill.losses import LOSSES
 from hybridize.distill.options import StageOptions
 from hybridize.errors import ConfigError
@@ -165,7 +165,7 @@ def _fake(described: Any, options: StageOptions) -> Any:
 
 
 def stage_cost(
-    student: Any, teacher: Any, name: str, options: Any, trained_before: set[str], machine: Machine
+    student: Any, teacher: Any, name: str, options: Any, trained_before: set[str], machine: Machine, known: Known | None = None
 ) -> tuple[StageCost, set[str]]:
     """The cost of one stage, and the names of the weights that it changes.
 
@@ -176,6 +176,7 @@ def stage_cost(
         options: its options.
         trained_before: names that earlier stages trained, which are fp32 and no longer the teacher's.
         machine: what it runs on.
+        known: what was counted for other stages of the run; added to.
 
     Raises:
         ConfigError: as the stage itself does for globs that match nothing.
@@ -210,7 +211,8 @@ def stage_cost(
             adapters = {key: p for key, p in own.named_parameters() if ".adapter." in key}
             # What leaves the stage is the projection with its adapter in it.
             trained, changes = trained | adapters, changes | {f"{target}.weight" for target in targets}
-        sizes, per_token = _align_sizes(own, other, options) if name == "align" else _whole_sizes(own, other, options)
+        sized = _align_sizes if name == "align" else _whole_sizes
+        sizes, per_token = sized(own, other, options, {} if known is None else known)
         sizes = Sizes(**{**sizes, "frozen": frozen, "trained": _bytes(trained.values())})
         count = _numbers(trained.values())
     tokens = options.steps * options.step_tokens
@@ -229,12 +231,12 @@ def _units(model: Any) -> list[int]:
     return [*layers, _bytes(model.parameters()) - sum(layers)]
 
 
-def _align_sizes(own: Any, other: Any, options: Any) -> tuple[dict[str, Any], float]:
+def _align_sizes(own: Any, other: Any, options: Any, known: Known) -> tuple[dict[str, Any], float]:
     losses = [LOSSES.build(spec) for spec in options.losses]
     with_mlp = any("hidden" in loss.needs for loss in losses)
     layers = aligned_layers(own)
     autocast = options.dtype == "bf16"
-    counter, teacher = (LayerCounter(model, options.seq_tokens, autocast) for model in (own, other))
+    counter, teacher = (LayerCounter(model, options.seq_tokens, autocast, known) for model in (own, other))
     works = [counter.mixer(index, with_mlp) for index in layers]
     # The teacher runs up to the last layer that learns.
     forward = sum(teacher.layer(index, False).forward for index in range(layers[-1] + 1))
@@ -247,9 +249,9 @@ def _align_sizes(own: Any, other: Any, options: Any) -> tuple[dict[str, Any], fl
     return sizes, flops / options.seq_tokens
 
 
-def _whole_sizes(own: Any, other: Any, options: Any) -> tuple[dict[str, Any], float]:
+def _whole_sizes(own: Any, other: Any, options: Any, known: Known) -> tuple[dict[str, Any], float]:
     autocast, tokens = options.dtype == "bf16", options.seq_tokens
-    counter, teacher = (LayerCounter(model, tokens, autocast) for model in (own, other))
+    counter, teacher = (LayerCounter(model, tokens, autocast, known) for model in (own, other))
     works: list[Work] = []
     gradient = own.model.embed_tokens.weight.requires_grad
     for index, layer in enumerate(own.model.layers):
@@ -300,9 +302,9 @@ def run_cost(
         ConfigError: a stage does not fit the student.
     """
     student, teacher = describe(student_dir), describe(teacher_dir)
-    costs, before = [], set()
+    costs, before, known = [], set(), {}
     for name, options in stages:
-        cost, trained = stage_cost(student, teacher, name, options, before, machine)
+        cost, trained = stage_cost(student, teacher, name, options, before, machine, known)
         costs.append(cost)
         before |= trained
     return costs

@@ -76,8 +76,8 @@ Run = Callable[[int, int], Tensor]
 """(rows, tokens of each) -> what a module makes of them."""
 
 
-def _once(run: Run, weights: set[int], rows: int, tokens: int) -> tuple[float, float, float]:
-    """(forward, backward, saved) of one call; `weights` are the storages that are there anyway."""
+def _once(run: Run, weights: set[int], rows: int, tokens: int, back: bool) -> tuple[float, float, float]:
+    """(forward, backward, saved) of one call; `weights` are the storages that are there anyway. Not `back`: no backward pass."""
     seen: dict[int, Any] = {}
 
     def pack(tensor: Tensor) -> Tensor:
@@ -91,25 +91,36 @@ def _once(run: Run, weights: set[int], rows: int, tokens: int) -> tuple[float, f
             out = run(rows, tokens)
         forward = counter.get_total_flops() + products.flops
         saved = sum(storage.nbytes() for storage in seen.values())
-        if out.requires_grad:
+        if back and out.requires_grad:
             out.backward(torch.empty_like(out))
         backward = counter.get_total_flops() + products.flops - forward
     return forward, backward, float(saved)
 
 
-def count(run: Run, module: nn.Module, tokens: int) -> Work:
-    """The work of one row of `tokens` through `module`; under the caller's FakeTensorMode."""
+Known = dict[Any, tuple[float, float, float]]
+"""What calls of known modules cost, so that the stages of a run count a layer once."""
+
+
+def count(run: Run, module: nn.Module, tokens: int, known: Known, key: Any) -> Work:
+    """The work of one row of `tokens` through `module`, under the caller's FakeTensorMode; it follows from `key` alone."""
     weights = {tensor.untyped_storage()._cdata for tensor in (*module.parameters(), *module.buffers())}
+
+    def once(rows: int, tokens: int, back: bool = True) -> tuple[float, float, float]:
+        place = (key, rows, tokens, back)
+        if place not in known:
+            known[place] = _once(run, weights, rows, tokens, back)
+        return known[place]
+
     short = min(tokens, PROBES[0])
-    low = _once(run, weights, 1, short)
-    casts = max(0.0, 2 * low[2] - _once(run, weights, 2, short)[2])
+    low = once(1, short)
+    casts = max(0.0, 2 * low[2] - once(2, short, back=False)[2]) if low[2] else 0.0
     found = None
     if tokens > PROBES[-1]:
-        middle, high = (_once(run, weights, 1, probe) for probe in PROBES[1:])
+        middle, high = (once(1, probe) for probe in PROBES[1:])
         if all(abs(c - b - 2 * (b - a)) <= 0.002 * c for a, b, c in zip(low, middle, high, strict=True)):
             reach = (tokens - PROBES[1]) / (PROBES[2] - PROBES[1])
             found = [b + (c - b) * reach for b, c in zip(middle, high, strict=True)]
-    forward, backward, saved = found or (low if short == tokens else _once(run, weights, 1, tokens))
+    forward, backward, saved = found or (low if short == tokens else once(1, tokens))
     return Work(forward=forward, backward=backward, saved=saved - casts, casts=casts)
 
 
@@ -139,12 +150,13 @@ class LayerCounter:
         model: a causal LM of fake tensors, its requires_grad set.
         tokens: of a row.
         autocast: whether it runs in bf16 autocast.
+        known: what counters of the same run found before; added to.
     """
 
-    def __init__(self, model: Any, tokens: int, autocast: bool):
+    def __init__(self, model: Any, tokens: int, autocast: bool, known: Known):
         self.model, self.tokens, self.autocast = model, tokens, autocast
         self.dtype = model.model.embed_tokens.weight.dtype
-        self._known: dict[Any, Work] = {}
+        self._known, self._config = known, model.config.to_json_string()
 
     def layer(self, index: int, gradient: bool) -> Work:
         """A whole layer; `gradient`: whether its input needs one."""
@@ -169,18 +181,17 @@ class LayerCounter:
     def _work(self, index: int, kind: str, run: Callable[..., Tensor], gradient: bool) -> Work:
         layer, config = self.model.model.layers[index], self.model.config
         spec = repr(config.mixers[index]) if hasattr(config, "mixers") else "attention"
-        key = (kind, spec, gradient, tuple(p.requires_grad for p in layer.parameters()))
-        if key not in self._known:
+        weights = tuple((name, p.dtype, p.shape, p.requires_grad) for name, p in layer.named_parameters())
+        key = (self._config, kind, spec, gradient, self.dtype, self.autocast, weights)
 
-            def once(rows: int, tokens: int) -> Tensor:
-                hidden = torch.empty(rows, tokens, config.hidden_size, dtype=self.dtype, requires_grad=gradient)
-                angles = self.model.model.rotary_emb(hidden, torch.arange(tokens)[None])
-                about = {"position_embeddings": angles, "attention_mask": None, **self._memories(rows, tokens)}
-                with torch.autocast("cpu", dtype=torch.bfloat16, enabled=self.autocast):
-                    return run(layer, hidden, about)
+        def once(rows: int, tokens: int) -> Tensor:
+            hidden = torch.empty(rows, tokens, config.hidden_size, dtype=self.dtype, requires_grad=gradient)
+            angles = self.model.model.rotary_emb(hidden, torch.arange(tokens)[None])
+            about = {"position_embeddings": angles, "attention_mask": None, **self._memories(rows, tokens)}
+            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=self.autocast):
+                return run(layer, hidden, about)
 
-            self._known[key] = count(once, layer, self.tokens)
-        return self._known[key]
+        return count(once, layer, self.tokens, self._known, key)
 
     def _memories(self, rows: int, tokens: int) -> dict[str, Any]:
         """What the layers that read others find."""
