@@ -1,6 +1,8 @@
 """stories260K and its text, for what a seed is worth on a real model before any training."""
 
 import math
+from functools import cache
+from itertools import islice
 
 import torch
 from transformers import AutoTokenizer
@@ -8,10 +10,12 @@ from transformers import AutoTokenizer
 from hybridize.data import eval_blocks, read_documents, tokenize
 
 
+@cache
 def stories_rows(shared_data, name, count):
-    """Rows of 256 tokens, spread evenly over one of its texts, [count, 256]."""
+    """Rows of 256 tokens, spread evenly over the first 250 stories of one of its texts, [count, 256]."""
     tokenizer = AutoTokenizer.from_pretrained(shared_data / "models" / "stories260K")
-    blocks = eval_blocks(tokenize(tokenizer, read_documents(shared_data / "text" / "tinystories" / name)), 256, 1)
+    documents = islice(read_documents(shared_data / "text" / "tinystories" / name), 250)
+    blocks = eval_blocks(tokenize(tokenizer, documents), 256, 1)
     return blocks[torch.linspace(0, len(blocks) - 1, count).long()]
 
 

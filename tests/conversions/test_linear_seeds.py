@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
 from hybridize.checkpoint import load_model, open_base
 from hybridize.conversions import convert, plan
@@ -12,10 +12,10 @@ from hybridize.conversions.gla_from_attention import GLAFromAttention
 from hybridize.conversions.layer import LayerCalibration, materialised
 from hybridize.conversions.lolcats_from_attention import LoLCATsFromAttention
 from hybridize.conversions.plan import build_mixer
-from hybridize.data import eval_blocks, read_documents, tokenize
 from hybridize.errors import ConfigError
 from hybridize.families import FAMILIES, family_of
 from hybridize.mixers import MIXERS
+from tests.conversions.real import perplexity, stories_rows
 from tests.tiny import tiny_base
 
 LIGER = {"gate": "key", "mix": "half", "normalise": False}
@@ -178,24 +178,12 @@ def test_real_model_before_any_training(shared_data, tmp_path):
     """stories260K, layer 3 of 5, a window of 16 in rows of 256."""
     path = shared_data / "models" / "stories260K"
     base = open_base(path)
-    tokenizer = AutoTokenizer.from_pretrained(path)
-
-    def rows(name, count):
-        blocks = eval_blocks(tokenize(tokenizer, read_documents(shared_data / "text" / "tinystories" / name)), 256, 1)
-        return blocks[torch.linspace(0, len(blocks) - 1, count).long()]
-
-    train, dev = rows("v1_train.txt", 8), rows("v1_dev.txt", 8)
-
-    def perplexity(model):
-        with torch.no_grad():
-            logits = model.eval()(dev).logits[:, :-1]
-        return math.exp(float(torch.nn.functional.cross_entropy(logits.flatten(0, 1), dev[:, 1:].flatten())))
-
-    found = {"base": perplexity(load_model(path))}
+    train, dev = stories_rows(shared_data, "v1_train.txt", 8), stories_rows(shared_data, "v1_dev.txt", 8)
+    found = {"base": perplexity(load_model(path), dev)}
     ours = {name: {"name": name, "window_tokens": 16} for name in PUBLISHED}
     theirs = {f"published {name}": {**spec, "window_tokens": 16} for name, spec in PUBLISHED.items()}
     for label, spec in {**ours, **theirs}.items():
         convert(plan(base, {"keep": {"layers": [0, 1, 2, 4]}, "mixer": spec}, "t", 0), tmp_path / label, train)
-        found[label] = perplexity(load_model(tmp_path / label))
+        found[label] = perplexity(load_model(tmp_path / label), dev)
     assert max(found["gla"], found["lolcats"]) < 1.05 * found["base"]
     assert min(found["published gla"], found["published lolcats"]) > 1.2 * found["base"]

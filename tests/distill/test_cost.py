@@ -31,6 +31,29 @@ def folders(tmp_path_factory):
     return tiny_pair(tmp_path_factory.mktemp("pair"), (MAMBA, KEEP, STREAMING), noise=0.0, dtype="bfloat16", **WIDER)
 
 
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+    """The same without the recurrent layer, whose many small operations take long to count."""
+    return tiny_pair(tmp_path_factory.mktemp("plain"), (STREAMING, KEEP, STREAMING), noise=0.0, dtype="bfloat16", **WIDER)
+
+
+@pytest.fixture(scope="module")
+def known():
+    """What was counted, for all tests of one student."""
+    return {}
+
+
+def costs_of(folders, stages, known):
+    """As run_cost, with what other tests counted."""
+    student, teacher = (describe(folder) for folder in reversed(folders))
+    costs, before = [], set()
+    for name, options in stages:
+        cost, trained = stage_cost(student, teacher, name, options, before, Machine(), known)
+        costs.append(cost)
+        before |= trained
+    return costs
+
+
 def built(spec):
     return spec["name"], STAGES.build(spec)
 
@@ -50,9 +73,9 @@ def storages(tensors):
         {**ALIGN, "losses": [{"name": "mixer_output"}], "dtype": "bf16", "train": ["*.layers.2.*q_proj*"]},
     ],
 )
-def test_memory_and_flops_are_those_of_a_real_step(folders, spec):
+def test_memory_and_flops_are_those_of_a_real_step(folders, known, spec):
     name, options = built(spec)
-    cost = run_cost(folders[1], folders[0], [(name, options)], Machine())[0]
+    cost = costs_of(folders, [(name, options)], known)[0]
     student, teacher, trained = load_pair(folders[1], folders[0], options, name, {}, torch.device("cpu"))
     step = options.start(student, teacher, Batch(torch.from_numpy(tiny_tokens(128).ids.astype("int64")).view(4, 32)))
     optimizer = options.optimizer(trained)
@@ -102,11 +125,11 @@ LORA = {"targets": ["*.self_attn.q_proj"], "rank": 4}
         {"name": "dpo", **STAGE, "reference": "teacher", "lora": LORA},
     ],
 )
-def test_weights_of_adapters_and_of_stages_without_a_teacher_of_their_own(folders, spec):
+def test_weights_of_adapters_and_of_stages_without_a_teacher_of_their_own(folders, known, spec):
     """After a stage that trained the first layer: what of it is fp32, and what is the reference's too."""
     stages = [built({**KL, "train": ["*.layers.0.mlp.*"]}), built(spec)]
     name, options = stages[1]
-    cost = run_cost(folders[1], folders[0], stages, Machine())[1]
+    cost = costs_of(folders, stages, known)[1]
     parameters = load_model(folders[1]).named_parameters()
     before = {key: p.detach().float() + 1 for key, p in parameters if key.startswith("model.layers.0.mlp.")}
     teacher_dir, own = (folders[1], before) if options.follows_itself else (folders[0], {})
@@ -115,17 +138,17 @@ def test_weights_of_adapters_and_of_stages_without_a_teacher_of_their_own(folder
     mine = {id(p) for p in trained.values()}
     models = [student] if teacher is None else [student, teacher]
     assert cost.memory["frozen"] == storages([p for model in models for p in model.parameters() if id(p) not in mine])
-    plain = run_cost(folders[1], folders[0], [built({key: value for key, value in spec.items() if key != "lora"})], Machine())[0]
     if options.lora is not None and options.train is None:
+        plain = costs_of(folders, [built({key: value for key, value in spec.items() if key != "lora"})], known)[0]
         assert cost.trained_parameters < plain.trained_parameters
     if name == "sft":
-        assert cost.flops < run_cost(folders[1], folders[0], [built({**KL, "dtype": options.dtype})], Machine())[0].flops
+        assert cost.flops < costs_of(folders, [built({**KL, "dtype": options.dtype})], known)[0].flops
 
 
-def test_what_an_earlier_stage_trained_is_not_shared_with_the_teacher(folders):
+def test_what_an_earlier_stage_trained_is_not_shared_with_the_teacher(folders, known):
     stages = [built({**KL, "dtype": "bf16"}), built({**KL, "dtype": "bf16", "train": ["*.layers.0.*"]})]
-    first, second = run_cost(folders[1], folders[0], stages, Machine())
-    alone = run_cost(folders[1], folders[0], stages[1:], Machine())[0]
+    first, second = costs_of(folders, stages, known)
+    alone = costs_of(folders, stages[1:], known)[0]
     apart = first.memory["weights"] - second.memory["weights"]
     assert second.memory["frozen"] > alone.memory["frozen"]
     assert second.memory["frozen"] - first.memory["frozen"] == apart
@@ -148,20 +171,21 @@ def test_the_published_formulas_at_8b(tmp_path):
     head, attention = 128256 * 4096, 2 * 32 * 4096 * 2048
     student, teacher = llama_8b(tmp_path, KEEP)
     kl = {"name": "kl", "tokens": 2_000_000, "seq_tokens": 2048, "rows": 2, "dtype": "bf16"}
-    cost, _ = stage_cost(student, teacher, *built(kl), set(), Machine())
+    known = {}
+    cost, _ = stage_cost(student, teacher, *built(kl), set(), Machine(), known)
     # V D (3 + 1) for the head, as the loss takes its gradient with the logits.
     assert cost.flops / cost.tokens == pytest.approx(4 * (2 * (mix + mlp + head) + attention), rel=0.01)
     assert cost.trained_parameters == mix + mlp + 2 * head + 65 * 4096
     assert cost.certain_bytes == pytest.approx(18 * 8.03e9, rel=0.01)
     assert cost.gpu_hours == pytest.approx(cost.flops / (0.4 * 989e12) / 3600)
     frozen = {**kl, "train": ["*.self_attn.*"]}
-    cost, _ = stage_cost(student, teacher, *built(frozen), set(), Machine())
+    cost, _ = stage_cost(student, teacher, *built(frozen), set(), Machine(), known)
     once = 2 * (mix + mlp + head) + attention
     assert cost.flops / cost.tokens == pytest.approx(3 * once + 2 * mix, rel=0.03)
     assert cost.certain_bytes == pytest.approx(2 * 8.03e9 + 16 * mix, rel=0.01)
     student, teacher = llama_8b(tmp_path, {"name": "streaming", "window_tokens": 4096})
     align = {**kl, "name": "align", "losses": [{"name": "mixer_output"}]}
-    cost, _ = stage_cost(student, teacher, *built(align), set(), Machine())
+    cost, _ = stage_cost(student, teacher, *built(align), set(), Machine(), known)
     # Nothing flows into a mixer's input, so that of its first products one of three is not taken.
     first = 2 * 32 * (4096**2 + 2 * 4096 * 1024)
     expected = 2 * (mix + mlp) + attention + 6 * mix - first
@@ -202,7 +226,17 @@ def test_shards_divide_and_what_would_fit_is_said():
         Machine(mfu=1.5)
 
 
-def test_the_command_says_it_before_anything_is_loaded(folders, tmp_path, capsys):
+def test_what_other_stages_counted_changes_nothing(plain):
+    """A count that is used again must be of the same layer: with other rows, weights that learn, dtypes or adapters it is not."""
+    specs = [KL, {**KL, "seq_tokens": 16}, {**KL, "dtype": "bf16"}, {**KL, "train": ["*.layers.0.*"]}, {**KL, "lora": LORA}]
+    stages = [built(spec) for spec in specs]
+    found = costs_of(plain, stages, {})
+    assert found == run_cost(plain[1], plain[0], stages, Machine())
+    assert [cost.flops for cost in found] == [costs_of(plain, [stage], {})[0].flops for stage in stages]
+
+
+def test_the_command_says_it_before_anything_is_loaded(plain, tmp_path, capsys):
+    folders = plain
     (tmp_path / "r.json").write_text(json.dumps({"name": "x", "plan": {}, "distill": [ALIGN, KL]}))
     call = ["distill", str(folders[1]), "--recipe", str(tmp_path / "r.json"), "--out", str(tmp_path / "out")]
     assert app([*call, "--dry-run", "--memory-gb", "0.001"]) == 0

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from hybridize import cli
 from hybridize.data import Tokens, TrainBlocks
-from hybridize.distill import distill, metrics_path, saves
+from hybridize.distill import distill, guards, metrics_path, saves
 from hybridize.distill.guards import MOST_SKIPPED, Guard, judge, worst_rows
 from hybridize.distill.loop import seed_of
 from hybridize.distill.saves import Position, State, read_latest_state, write_state
@@ -29,9 +29,9 @@ from tests.distill.pair import KEEP, tiny_pair, tiny_tokens
 
 ROOT = Path(__file__).parents[2]
 RARE = 63
-ROWS, STEPS = 4, 75
+ROWS, STEPS, BEHIND = 4, 22, 16
 STAGE = {
-    "name": "kl", "tokens": STEPS * ROWS * 16, "seq_tokens": 16, "rows": 2, "accumulate": 2, "lr": 1e-5, "save_tokens": 640,
+    "name": "kl", "tokens": STEPS * ROWS * 16, "seq_tokens": 16, "rows": 2, "accumulate": 2, "lr": 1e-5, "save_tokens": 5 * ROWS * 16,
     "train": ["*.self_attn.*"],
 }  # fmt: skip
 # Wider than a row: the student is the teacher but for the noise on its weights, and its loss is small and even.
@@ -41,9 +41,9 @@ WIDE = {"name": "streaming", "sink_tokens": 1, "window_tokens": 32}
 def rare_text() -> Tokens:
     """Random tokens with one row of a token that occurs nowhere else; the seed's order puts it into a late step."""
     ids = tiny_tokens(8 * STEPS * 15 * ROWS).ids % (RARE - 3) + 3
-    # Where each token lies, as the tokens themselves, says which of them row 2 of step 70 has.
+    # Where each token lies, as the tokens themselves, says which of them row 2 of step 18 has.
     numbered = Tokens(ids=np.arange(len(ids)), text_bytes=1, sha256="", bos_id=1)
-    ids[TrainBlocks(numbered, 16, ROWS, seed_of(0, 0), 1).batch(70).ids[2, 1:].numpy()] = RARE
+    ids[TrainBlocks(numbered, 16, ROWS, seed_of(0, 0), 1).batch(18).ids[2, 1:].numpy()] = RARE
     return Tokens(ids=ids, text_bytes=1, sha256="rare", bos_id=1)
 
 
@@ -138,12 +138,19 @@ def test_a_state_keeps_the_losses_exactly_and_nothing_that_is_not_finite(tmp_pat
     assert [path.name for path in tmp_path.iterdir()] == ["state-00-000000005.safetensors"]
 
 
+@pytest.fixture
+def few_steps(monkeypatch):
+    """A spike is told by fewer steps, so that a run is short."""
+    monkeypatch.setattr(guards, "WINDOW_STEPS", BEHIND)
+
+
+@pytest.mark.usefixtures("few_steps")
 @pytest.mark.parametrize("finite", [True, False])
 def test_a_spike_in_the_data_is_named_and_skipped(folders, tmp_path, finite):
     teacher = reads_rarely(folders[0], tmp_path, 100.0 if finite else math.inf)
     text, out = rare_text(), tmp_path / "out"
     said = "the loss is .* more than 6 sigma" if finite else "the loss 'loss' is nan"
-    with pytest.raises(TrainingError, match=rf"\(kl\), step 71, stopped.*step 70: {said}.*\(rows 2 to 3\)"):
+    with pytest.raises(TrainingError, match=rf"\(kl\), step 19, stopped.*step 15: {said}.*\(rows 2 to 3\)"):
         distill(folders[1], [STAGE], text, out, teacher=teacher)
     # The same job goes on past it, from its last state, to the bytes of a run that skipped it at once.
     skip = {**STAGE, "on_spike": "skip"}
@@ -151,7 +158,7 @@ def test_a_spike_in_the_data_is_named_and_skipped(folders, tmp_path, finite):
     whole = distill(folders[1], [skip], text, tmp_path / "whole", teacher=teacher)
     assert hashes(out) == hashes(whole)
     rows = rows_of(out)
-    assert [row["step"] for row in rows if "skipped" in row] == [71]
+    assert [row["step"] for row in rows if "skipped" in row] == [19]
     assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
     ignore = {**STAGE, "on_spike": "ignore"}
     if finite:
@@ -162,6 +169,7 @@ def test_a_spike_in_the_data_is_named_and_skipped(folders, tmp_path, finite):
             distill(folders[1], [ignore], text, tmp_path / "taken", teacher=teacher)
 
 
+@pytest.mark.usefixtures("few_steps")
 def test_a_resume_that_lost_its_losses_would_miss_the_spike(folders, tmp_path, monkeypatch):
     teacher = reads_rarely(folders[0], tmp_path, 100.0)
     text, out = rare_text(), tmp_path / "out"
