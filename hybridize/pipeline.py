@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer
 
-from hybridize.checkpoint import open_base
+from hybridize.checkpoint import Described, describe_base, open_base
 from hybridize.conversions import CONVERSIONS, convert
 from hybridize.conversions import plan as make_plan
 from hybridize.core import Plan, Report, Scores, Verdict, digest, read_json
@@ -33,16 +33,20 @@ from hybridize.data import (
     weighted_sources,
 )
 from hybridize.distill import STAGES, check_sources, distill
+from hybridize.distill.cost import Machine, StageCost, refuse, run_cost
+from hybridize.distill.run import build_stages
 from hybridize.errors import CheckpointError, ConfigError, DataError
 from hybridize.eval import GATES, PROBES, comparison_table, evaluate, gate, report
 from hybridize.eval.context import EvalContext
 from hybridize.lineage import is_complete
+from hybridize.modeling import hybrid_config
 from hybridize.recipe import Recipe, text_sources
 from hybridize.storage import write_json, write_text
 
 log = logging.getLogger(__name__)
 
 Progress = Callable[[str, float, float], None]
+Announce = Callable[[Plan, list[StageCost]], None]
 # A text of fewer documents is cut into pieces of this many characters before it is split.
 FEWEST_DOCUMENTS = 40
 PIECE_CHARS = 4_000
@@ -193,6 +197,36 @@ def calibration_rows(text: Tokens | Mixture, recipe: Recipe, config: Any) -> Ten
     )  # fmt: skip
 
 
+def _costs(found: Described, plan: Plan, stages: list[dict[str, Any]], machine: Machine) -> list[StageCost]:
+    """What the stages will cost, the base being the teacher of a hybrid that is not there yet."""
+    config = hybrid_config(found.config, [layer.mixer for layer in plan.layers])
+    return run_cost(dataclasses.replace(found, config=config), found, build_stages(stages), machine) if stages else []
+
+
+def preview(recipe: Recipe, base: Path, machine: Machine, scores: Scores | None = None) -> tuple[Plan, list[StageCost]]:
+    """What a run would do and what its stages would cost. Reads config.json alone, and writes nothing.
+
+    Args:
+        recipe: what to do.
+        base: directory of the base; its weights need not be there.
+        machine: what the run would have.
+        scores: layer scores of the base, where the recipe's ranks follow them.
+
+    Raises:
+        HybridizeError: as `run` does for what it can see without weights and text.
+    """
+    _check(recipe)
+    found = describe_base(base)
+    plan = make_plan(found, recipe.plan, recipe.name, recipe.seed, scores)
+    return plan, _costs(found, plan, fitted(recipe.distill, found.config), machine)
+
+
+def _check(recipe: Recipe) -> None:
+    check_components(recipe)
+    if recipe.sizes:
+        raise ConfigError(f"recipe {recipe.name}: chooses by the base's size. Load it with load_recipe(..., config=...)")
+
+
 def run(
     recipe: Recipe,
     base: Path,
@@ -202,6 +236,8 @@ def run(
     resume: bool = False,
     progress: Progress | None = None,
     scores: Scores | None = None,
+    machine: Machine | None = None,
+    announce: Announce | None = None,
 ) -> RunResult:
     """Plan, convert, distill, evaluate, gate, report.
 
@@ -215,6 +251,10 @@ def run(
         resume: go on with a run that was killed; finished steps are skipped either way when they match.
         progress: called with (label, done, total).
         scores: layer scores of the base, where the recipe's ranks follow them.
+        machine: what it runs on; a run whose weights, gradients and moments alone are more than it holds is refused. None
+            counts nothing.
+        announce: called with the plan and what each stage will cost before anything is written; no costs where there is no
+            `machine` or the training is done.
 
     Returns:
         Plan, reports by column (base, converted, distilled), the verdict (None without gates) and the report's path.
@@ -222,9 +262,7 @@ def run(
     Raises:
         HybridizeError: as the verbs do.
     """
-    check_components(recipe)
-    if recipe.sizes:
-        raise ConfigError(f"recipe {recipe.name}: chooses by the base's size. Load it with load_recipe(..., config=...)")
+    _check(recipe)
     checkpoint = open_base(base)
     plan = make_plan(checkpoint, recipe.plan, recipe.name, recipe.seed, scores)
     stages = fitted(recipe.distill, checkpoint.config)
@@ -232,6 +270,11 @@ def run(
     weighted_sources(sources)  # a wrong one is found before any work
     if stages:
         check_sources(stages)
+    costs = _costs(checkpoint, plan, stages, machine) if machine is not None and not is_complete(out / "distilled") else []
+    if announce is not None:
+        announce(plan, costs)
+    if machine is not None:
+        refuse(costs, machine)
     _claim(out, recipe, plan)
     share = recipe.data.held_out_share
     train, test = split_text(load_tokenizer(base), sources, held_out, share, out / "tokens", progress)

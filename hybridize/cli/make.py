@@ -1,14 +1,27 @@
 """The verbs that make something: info, plan, convert, distill, run, demo, generate."""
 
-import dataclasses
 import os
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated, Any, Optional
 
 import typer
 
 from hybridize.cli import shared
-from hybridize.cli.shared import BaseArg, CacheOpt, DataOpt, DirArg, OutOpt, RecipeOpt, ResumeOpt, ScoresOpt, SetOpt, cli
+from hybridize.cli.shared import (
+    BaseArg,
+    CacheOpt,
+    DataOpt,
+    DirArg,
+    MemoryOpt,
+    MfuOpt,
+    OutOpt,
+    PeakOpt,
+    RecipeOpt,
+    ResumeOpt,
+    ScoresOpt,
+    SetOpt,
+    cli,
+)
 from hybridize.errors import ConfigError
 
 
@@ -140,9 +153,9 @@ def distill(
     token_cache: CacheOpt = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what it will cost, and load nothing.")] = False,
     processes: Annotated[Optional[int], typer.Option(help="With --dry-run: as if started in so many.")] = None,  # noqa: UP045
-    memory_gb: Annotated[Optional[float], typer.Option(help="GB of a process's device. Default: what is here.")] = None,  # noqa: UP045
-    mfu: Annotated[float, typer.Option(help="Share of the peak that hours are given at.")] = 0.4,
-    peak_tflops: Annotated[float, typer.Option(help="The peak: dense bf16 of an H100 or H200.")] = 989.0,
+    memory_gb: MemoryOpt = None,
+    mfu: MfuOpt = 0.4,
+    peak_tflops: PeakOpt = 989.0,
     shard: Annotated[bool, typer.Option("--shard", help="Divide weights and moments over the processes (FSDP2).")] = False,
     resume: ResumeOpt = False,
     set_: SetOpt = [],  # noqa: B006
@@ -153,7 +166,7 @@ def distill(
     """
     from hybridize.checkpoint import describe
     from hybridize.distill import distill as run_distill
-    from hybridize.distill.cost import Machine, device_bytes, refuse, run_cost
+    from hybridize.distill.cost import refuse, run_cost
     from hybridize.distill.run import build_stages, teacher_of
     from hybridize.distill.sharding import asked_to_shard
     from hybridize.pipeline import fitted, recall_of
@@ -166,15 +179,12 @@ def distill(
     stages = fitted(chosen.distill, found.config)
     main = os.environ.get("RANK", "0") == "0"
     shown = shared.screen.progress if main else None
-    machine = Machine(
-        processes=processes or int(os.environ.get("WORLD_SIZE", "1")), sharded=asked_to_shard(shard),
-        bytes_each=device_bytes() if memory_gb is None else memory_gb * 1e9, mfu=mfu, peak_flops=peak_tflops * 1e12,
-    )  # fmt: skip
+    machine = shared.machine(memory_gb, mfu, peak_tflops, processes, asked_to_shard(shard))
     if main:
         costs = run_cost(checkpoint, teacher_of(checkpoint, teacher), build_stages(stages), machine)
         shared.show_cost(costs, machine)
         if dry_run:
-            shared.screen.result([{**dataclasses.asdict(cost), "total_bytes": cost.total_bytes} for cost in costs])
+            shared.screen.result(shared.plain(costs))
             return
         refuse(costs, machine)
     text = None if data is None and chosen.data.mixture is None else text_sources(chosen, data)
@@ -194,32 +204,63 @@ def run(
     data: DataOpt = None,
     held_out: Annotated[Optional[str], typer.Option(help="Text to evaluate on. Default: a share of --data.")] = None,  # noqa: UP045
     scores: ScoresOpt = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what it will do and cost, and write nothing.")] = False,
+    memory_gb: MemoryOpt = None,
+    mfu: MfuOpt = 0.4,
+    peak_tflops: PeakOpt = 989.0,
     resume: ResumeOpt = False,
     set_: SetOpt = [],  # noqa: B006
 ) -> None:
-    """Plan, convert, distill, evaluate, gate and report. Steps whose output matches are skipped."""
-    _run(recipe, set_, base, data, out, held_out, resume, scores)
+    """Plan, convert, distill, evaluate, gate and report; plan and cost are printed first. Steps whose output matches are skipped.
+
+    --dry-run needs no text, and of a hub id it fetches config.json alone.
+    """
+    machine = shared.machine(memory_gb, mfu, peak_tflops)
+    if dry_run:
+        _preview(recipe, set_, base, scores, machine)
+    else:
+        _run(recipe, set_, base, data, out, held_out, resume, scores, machine)
+
+
+def _preview(recipe: str, set_: list[str], base: str, scores: Path | None, machine: Any) -> None:
+    from hybridize.checkpoint import describe_base
+    from hybridize.hub import resolve_base
+    from hybridize.pipeline import preview
+
+    folder = resolve_base(base, weights=False)
+    chosen = shared.load(recipe, set_, describe_base(folder).config)
+    made, costs = preview(chosen, folder, machine, shared.read_scores(scores))
+    shared.show_plan(made)
+    shared.show_cost(costs, machine)
+    shared.screen.result({"dry_run": True, "plan": made.to_dict(), "cost": shared.plain(costs)})
 
 
 def _run(
     recipe: str, set_: list[str], base: str, data: str | None, out: Path, held_out: str | None, resume: bool,
-    scores: Path | None = None,
+    scores: Path | None = None, machine: Any = None,
 ) -> None:  # fmt: skip
     from hybridize.checkpoint import describe_base
     from hybridize.hub import resolve_base
     from hybridize.pipeline import run as run_all
 
+    machine = machine or shared.machine()
+    cost: list[Any] = []
+
+    def announce(made: Any, costs: list[Any]) -> None:
+        cost.extend(shared.plain(costs))
+        shared.show_plan(made)
+        shared.show_cost(costs, machine)
+
     folder = resolve_base(base)
     chosen = shared.load(recipe, set_, describe_base(folder).config)
     result = run_all(chosen, folder, data, out, held_out=held_out, resume=resume, progress=shared.screen.progress,
-                     scores=shared.read_scores(scores))  # fmt: skip
-    shared.show_plan(result.plan)
+                     scores=shared.read_scores(scores), machine=machine, announce=announce)  # fmt: skip
     shared.screen.say("")
     shared.screen.table(result.table())
     shared.screen.say(f"\nreport: {result.html}")
     if result.verdict is not None:
         shared.show_verdict(result.verdict)
-    shared.screen.result({"out": str(out), "report": str(result.html), "table": result.table(),
+    shared.screen.result({"out": str(out), "report": str(result.html), "cost": cost, "table": result.table(),
                    "verdict": None if result.verdict is None else result.verdict.to_dict()})  # fmt: skip
     if result.verdict is not None and not result.verdict.passed:
         raise typer.Exit(1)

@@ -1,5 +1,6 @@
 """What the commands share: the application, the screen, the options, and how a recipe, plan or verdict is shown."""
 
+import dataclasses
 import os
 from pathlib import Path
 from typing import Annotated, Any, Optional
@@ -35,6 +36,9 @@ CacheOpt = Annotated[
     typer.Option("--token-cache", help="Folder that keeps the tokens of texts, for other runs to use."),
 ]
 ScoresOpt = Annotated[Optional[Path], typer.Option("--scores", help="A scores.json, for ranks that follow it.")]  # noqa: UP045
+MemoryOpt = Annotated[Optional[float], typer.Option(help="GB of a process's device. Default: what is here.")]  # noqa: UP045
+MfuOpt = Annotated[float, typer.Option(help="Share of the peak that hours are given at.")]
+PeakOpt = Annotated[float, typer.Option(help="The peak: dense bf16 of an H100 or H200.")]
 OutOpt = Annotated[Path, typer.Option("--out", help="Where to write; must not exist yet.")]
 ResumeOpt = Annotated[bool, typer.Option("--resume", help="Go on with what a killed run left.")]
 
@@ -91,8 +95,30 @@ def show_verdict(verdict: Any) -> None:
     screen.say("PASS" if verdict.passed else "FAIL")
 
 
+def machine(
+    memory_gb: float | None = None, mfu: float = 0.4, peak_tflops: float = 989.0, processes: int | None = None,
+    sharded: bool = False,
+) -> Any:  # fmt: skip
+    """What this runs on, or would. Raises ConfigError for figures that cannot be."""
+    from hybridize.distill.cost import Machine, device_bytes
+
+    return Machine(
+        processes=processes or int(os.environ.get("WORLD_SIZE", "1")), sharded=sharded,
+        bytes_each=device_bytes() if memory_gb is None else memory_gb * 1e9, mfu=mfu, peak_flops=peak_tflops * 1e12,
+    )  # fmt: skip
+
+
+def plain(costs: list[Any]) -> list[dict[str, Any]]:
+    """The costs of stages as JSON has them."""
+    return [{**dataclasses.asdict(cost), "total_bytes": cost.total_bytes} for cost in costs]
+
+
 def show_cost(costs: list[Any], machine: Any) -> None:
-    """Print what each stage will cost, and what will not fit."""
+    """Print what each stage will cost, and whether it fits; nothing where nothing is trained."""
+    import torch
+
+    if not costs:
+        return
     parts = list(costs[0].memory)
     rows = [["stage", "tokens", "steps", "trained", "FLOP", "GPU-hours", *parts, "all"]]
     for cost in costs:
@@ -101,6 +127,11 @@ def show_cost(costs: list[Any], machine: Any) -> None:
                      f"{cost.gpu_hours:.3g}", *sizes, f"{cost.total_bytes / 1e9:.3f} GB"])  # fmt: skip
     screen.table(rows, f"memory of each of {machine.processes} process(es){', sharded' if machine.sharded else ''}")
     screen.say(f"GPU-hours at {machine.mfu:.0%} of {machine.peak_flops / 1e12:g} TFLOP/s, all GPUs together")
+    if not torch.cuda.is_available():
+        screen.say("there is no GPU here: the hours above are that machine's, how long it takes on this one is not known")
     for cost in costs:
         if cost.advice:
             screen.say(f"{cost.name}: {cost.advice}")
+    if machine.bytes_each is not None and not any(cost.advice for cost in costs):
+        screen.say(f"fits: the most a process needs is {max(cost.total_bytes for cost in costs) / 1e9:.3f} GB of "
+                   f"{machine.bytes_each / 1e9:.3f} GB")  # fmt: skip

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
-from hybridize.checkpoint import describe, stored_dtype
+from hybridize.checkpoint import Described, describe, stored_dtype
 from hybridize.distill.adapters import Lora, targeted
 from hybridize.distill.align import aligned_layers
 from hybridize.distill.counting import Beside, Known, LayerCounter, Work, fake_tensors
@@ -287,13 +287,13 @@ def _whole_sizes(own: Any, other: Any, options: Any, known: Known) -> tuple[dict
 
 
 def run_cost(
-    student_dir: Path | str, teacher_dir: Path | str, stages: list[tuple[str, Any]], machine: Machine
+    student: Described | Path | str, teacher: Described | Path | str, stages: list[tuple[str, Any]], machine: Machine
 ) -> list[StageCost]:
     """The cost of every stage of a run; reads config.json and headers only.
 
     Args:
-        student_dir: the hybrid.
-        teacher_dir: its teacher.
+        student: the hybrid's directory, or what a plan says of one that is not there yet.
+        teacher: its teacher, the same.
         stages: (name, options) each.
         machine: what it runs on.
 
@@ -301,7 +301,8 @@ def run_cost(
         CheckpointError: a directory cannot be read.
         ConfigError: a stage does not fit the student.
     """
-    student, teacher = describe(student_dir), describe(teacher_dir)
+    student = student if isinstance(student, Described) else describe(student)
+    teacher = teacher if isinstance(teacher, Described) else describe(teacher)
     costs, before, known = [], set(), {}
     for name, options in stages:
         cost, trained = stage_cost(student, teacher, name, options, before, machine, known)
