@@ -47,31 +47,69 @@ SMALL = [
 ]  # fmt: skip
 
 
-def test_the_whole_line_and_then_nothing_to_do(base, text, tmp_path, capsys):
-    words = ["--json", "run", "mamba2", "--base", base, "--data", text, "--out", tmp_path / "w", *SMALL]
-    code, out = call(*words, capsys=capsys)
+@pytest.fixture(scope="module")
+def work(base, text, tmp_path_factory):
+    """The directory of a whole run."""
+    out = tmp_path_factory.mktemp("run") / "w"
+    assert call("--quiet", "run", "mamba2", "--base", base, "--data", text, "--out", out, *SMALL)[0] == 0
+    return out
+
+
+def test_the_whole_line_and_then_nothing_to_do(base, text, work, capsys):
+    names = {"plan.json", "recipe.yaml", "converted", "distilled", "report.json", "report-base.json", "report-converted.json",
+             "verdict.json", "report.html", "distilled.metrics.jsonl"}  # fmt: skip
+    assert names <= {path.name for path in work.iterdir()}
+    stamps = {name: (work / name).stat().st_mtime_ns for name in ("converted", "distilled", "report.json")}
+    words = ["run", "mamba2", "--base", base, "--data", text, "--out", work]
+    code, out = call("--json", *words, *SMALL, capsys=capsys)
     assert code == 0, out.err
     value = json.loads(out.out)
     assert value["verdict"]["passed"] is True
+    assert value["cost"] == []
     assert [row[0] for row in value["table"]][1] == "perplexity"
-    names = {"plan.json", "recipe.yaml", "converted", "distilled", "report.json", "report-base.json", "report-converted.json",
-             "verdict.json", "report.html", "distilled.metrics.jsonl"}  # fmt: skip
-    assert names <= {path.name for path in (tmp_path / "w").iterdir()}
-    stamps = {name: (tmp_path / "w" / name).stat().st_mtime_ns for name in ("converted", "distilled", "report.json")}
-    assert call(*words, capsys=capsys)[0] == 0
-    assert stamps == {name: (tmp_path / "w" / name).stat().st_mtime_ns for name in stamps}
-    code, out = call("run", "mamba2", "--base", base, "--data", text, "--out", tmp_path / "w", "--set", "plan.keep=all",
-                     capsys=capsys)  # fmt: skip
+    assert stamps == {name: (work / name).stat().st_mtime_ns for name in stamps}
+    code, out = call(*words, "--set", "plan.keep=all", capsys=capsys)
     assert code == 2
     assert "holds the run of another plan" in out.err
 
 
-def test_a_failed_gate_is_exit_code_one(base, text, tmp_path, capsys):
-    words = ["run", "mamba2", "--base", base, "--data", text, "--out", tmp_path / "w", *SMALL, "--set", "gates.0.max=0.5"]
+def test_what_a_run_will_cost_is_said_before_it_starts(base, text, tmp_path, capsys):
+    out = tmp_path / "w"
+    words = ["run", "mamba2", "--base", base, "--out", out, *SMALL[:2], "--set", "plan.mixer={name: streaming}"]
+    # Neither text nor weights are read.
+    bare = tmp_path / "base"
+    bare.mkdir()
+    (bare / "config.json").write_text((base / "config.json").read_text())
+    dry = [str(bare) if word is base else word for word in words]
+    code, said = call(*dry, "--dry-run", capsys=capsys)
+    assert code == 0, said.err
+    assert "streaming" in said.out
+    assert "40% of 989 TFLOP/s" in said.out
+    assert "fits: the most a process needs is" in said.out
+    assert call(*dry, "--dry-run", "--quiet", capsys=capsys)[1].out == ""
+    code, shown = call("--json", *dry, "--dry-run", capsys=capsys)
+    value = json.loads(shown.out)
+    assert [stage["name"] for stage in value["cost"]] == ["align", "kl"]
+    assert value["cost"][0]["tokens"] == 1024
+    # The same figures that distill has for the hybrid once it is there.
+    assert call("convert", base, "--recipe", "mamba2", *words[-2:], "--out", tmp_path / "c")[0] == 0
+    code, told = call(
+        "--json", "distill", tmp_path / "c", "--recipe", "mamba2", *SMALL[:2], "--out", out, "--dry-run", capsys=capsys
+    )
+    assert json.loads(told.out) == value["cost"]
+    code, small = call(*words, "--data", text, "--memory-gb", "0.0001", capsys=capsys)
+    assert code == 2
+    assert "stage 1 (align): will not fit" in small.err
+    assert len(small.err.strip().splitlines()) == 1
+    assert not out.exists()
+
+
+def test_a_failed_gate_is_exit_code_one(base, text, work, capsys):
+    words = ["run", "mamba2", "--base", base, "--data", text, "--out", work, *SMALL, "--set", "gates.0.max=0.5"]
     code, out = call(*words, capsys=capsys)
     assert code == 1
     assert out.out.rstrip().endswith("FAIL")
-    code, out = call("gate", tmp_path / "w/report.json", "--baseline", tmp_path / "w/report-base.json", "--rule",
+    code, out = call("gate", work / "report.json", "--baseline", work / "report-base.json", "--rule",
                      "max_ratio perplexity 5", capsys=capsys)  # fmt: skip
     assert code == 0
     assert out.out.rstrip().endswith("PASS")

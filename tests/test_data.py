@@ -150,6 +150,7 @@ def test_every_epoch_visits_every_block_once_at_a_new_offset():
     assert len({tuple(epoch[:, 0].tolist()) for epoch in epochs}) == 6
 
 
+@pytest.mark.slow
 @pytest.mark.data
 @pytest.mark.skipif(not DATA.is_dir(), reason=f"no test material at {DATA}; set HYBRIDIZE_DATA")
 def test_the_published_perplexity_of_a_real_model_is_reproduced():

@@ -67,10 +67,6 @@ def campaign(tmp_path, monkeypatch, kills, resumed):
         assert not partial_folder(out).exists()
 
 
-def test_a_few_kills(tmp_path, monkeypatch):
-    campaign(tmp_path, monkeypatch, kills=5, resumed=1)
-
-
 @pytest.mark.slow
 def test_thirty_kills(tmp_path, monkeypatch):
     campaign(tmp_path, monkeypatch, kills=30, resumed=6)

@@ -87,6 +87,7 @@ def test_every_entry_loads_and_is_documented(table):
         assert table.load(name).__doc__, name
 
 
+@pytest.mark.slow
 def test_importing_the_package_is_cheap():
     heavy = ["triton", "lm_eval", "datasets", "matplotlib", "typer", "pydantic", "peft", "trl"]
     # Where triton is installed, transformers' own modelling files load it.

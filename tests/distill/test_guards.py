@@ -31,8 +31,8 @@ ROOT = Path(__file__).parents[2]
 RARE = 63
 ROWS, STEPS, BEHIND = 4, 22, 16
 STAGE = {
-    "name": "kl", "tokens": STEPS * ROWS * 16, "seq_tokens": 16, "rows": 2, "accumulate": 2, "lr": 1e-5, "save_tokens": 5 * ROWS * 16,
-    "train": ["*.self_attn.*"],
+    "name": "kl", "tokens": STEPS * ROWS * 16, "seq_tokens": 16, "rows": 2, "accumulate": 2, "lr": 1e-5,
+    "save_tokens": 5 * ROWS * 16, "train": ["*.self_attn.*"],
 }  # fmt: skip
 # Wider than a row: the student is the teacher but for the noise on its weights, and its loss is small and even.
 WIDE = {"name": "streaming", "sink_tokens": 1, "window_tokens": 32}
