@@ -1,5 +1,9 @@
 """Tiny real base checkpoints: random weights, the family's own class, nothing at a value that could hide a mistake."""
 
+import json
+import shutil
+import tempfile
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -26,11 +30,23 @@ def tiny_base(family: str, tmp: Path, **overrides) -> Path:
     `overrides` are config fields; `max_shard_size` goes to save_pretrained. Norms and biases are perturbed, so that one
     that is left out shows.
     """
-    shard = {"max_shard_size": overrides.pop("max_shard_size")} if "max_shard_size" in overrides else {}
-    fields = {**SIZES, "dtype": "float32", **({"sliding_window": None} if family == "mistral" else {}), **overrides}
+    return Path(shutil.copytree(_made(family, json.dumps(overrides, sort_keys=True)), tmp / f"{family}-base", dirs_exist_ok=True))
+
+
+@cache
+def _folders() -> tempfile.TemporaryDirectory:
+    return tempfile.TemporaryDirectory(prefix="tiny-")
+
+
+@cache
+def _made(family: str, overrides: str) -> Path:
+    """The base itself, made once in a process and without a draw from its random numbers."""
+    fields = {**SIZES, "dtype": "float32", **({"sliding_window": None} if family == "mistral" else {}), **json.loads(overrides)}
+    shard = {"max_shard_size": fields.pop("max_shard_size")} if "max_shard_size" in fields else {}
     config = AutoConfig.for_model(family, **fields)
     generator = torch.Generator().manual_seed(7)
-    model = AutoModelForCausalLM.from_config(config)
+    with torch.random.fork_rng(devices=[]):
+        model = AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator).to(parameter)
@@ -38,6 +54,6 @@ def tiny_base(family: str, tmp: Path, **overrides) -> Path:
                 parameter.copy_((1.0 if "norm" in name else 0.0) + 0.2 * noise)
             else:
                 parameter.copy_(noise * parameter.shape[-1] ** -0.5)
-    path = tmp / f"{family}-base"
+    path = Path(tempfile.mkdtemp(dir=_folders().name))
     model.save_pretrained(path, **shard)
     return path

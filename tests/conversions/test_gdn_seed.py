@@ -258,6 +258,7 @@ def test_what_is_not_native(family, options, reason, tmp_path):
     assert every["target"] == "none"
 
 
+@pytest.mark.slow
 @pytest.mark.data
 def test_real_model_before_any_training(shared_data, tmp_path):
     """stories260K, layers 1 and 3 of 5, with room for another machine's rounding."""

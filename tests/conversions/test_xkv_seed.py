@@ -288,6 +288,7 @@ def test_text_is_asked_for_and_no_native_class_is_promised(tmp_path):
     assert "shares one layer's latents" in verdict["reason"]
 
 
+@pytest.mark.slow
 @pytest.mark.data
 def test_real_model_before_any_training(shared_data, tmp_path):
     """stories260K, every layer: a quarter of the cache, against low-rank keys and values of each layer alone, ours and Palu's."""

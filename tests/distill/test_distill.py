@@ -94,7 +94,8 @@ def test_the_same_inputs_give_the_same_bytes(folders, whole, tmp_path):
     assert hashes(other)["model.safetensors"] != hashes(whole)["model.safetensors"]
 
 
-@pytest.mark.parametrize("steps", [1, 3, 5, 6, 9])
+# With nothing saved, at the end of a stage, amid the last; kills at any step are in test_kill_distill.py.
+@pytest.mark.parametrize("steps", [1, 5, 9])
 def test_a_stopped_run_resumes_to_the_same_bytes(folders, whole, tmp_path, steps):
     out = tmp_path / "out"
     with pytest.raises(Stop):

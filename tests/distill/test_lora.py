@@ -137,7 +137,7 @@ def test_the_output_holds_no_adapter_and_only_the_targets_changed(folders, whole
     assert changed == {name for name in before.tensors if any(p in name for p in (".q_proj", ".v_proj", "mlp", "model.norm"))}
 
 
-@pytest.mark.parametrize("steps", [1, 3, 5, 6])
+@pytest.mark.parametrize("steps", [3, 6])
 def test_a_stopped_run_resumes_to_the_same_bytes(folders, whole, tmp_path, steps):
     out = tmp_path / "out"
     with pytest.raises(Stop):
