@@ -182,6 +182,7 @@ def stage_cost(
     """
     with fake_tensors():
         own, other = _fake(student, options), _fake(student if options.follows_itself else teacher, options)
+        options.prepare(own, other)
         candidates = options.candidates(own)
         trained = options.choose(candidates, name)
         for parameter in trained.values():

@@ -160,19 +160,24 @@ def measure_recall(run: Run, job: Job, index: int, when: str, weights: dict[str,
     run.accelerator.wait_for_everyone()
 
 
+def tensors_of(model: Any) -> dict[str, Tensor]:
+    """Parameters and buffers of a model by name."""
+    return dict(model.named_parameters()) | dict(model.named_buffers())
+
+
 def filled(model: Any, weights: dict[str, Tensor]) -> Any:
-    """A model with the values of some of its parameters replaced, in its own dtypes: what a directory of it would hold."""
-    parameters = dict(model.named_parameters())
+    """A model with the values of some of its tensors replaced, in its own dtypes: what a directory of it would hold."""
+    tensors = tensors_of(model)
     with torch.no_grad():
         for key, weight in weights.items():
-            parameters[key].copy_(weight)
+            tensors[key].copy_(weight)
     return model
 
 
 def with_weights(model: Any, weights: dict[str, Tensor]) -> Any:
-    """A model with some of its parameters replaced, in the dtype of what replaces them."""
-    parameters = dict(model.named_parameters())
+    """A model with some of its tensors replaced, in the dtype of what replaces them."""
+    tensors = tensors_of(model)
     with torch.no_grad():
         for key, weight in weights.items():
-            parameters[key].data = weight.clone()
+            tensors[key].data = weight.clone()
     return model

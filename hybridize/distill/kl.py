@@ -29,15 +29,25 @@ class KLStage(StageOptions):
 
     def start(self, student: Any, teacher: Any, first: Batch) -> "KLStep":
         """The step of this stage; `first` is not used: nothing is measured beforehand."""
-        return KLStep(self, student, teacher)
+        return KLStep(self, student, teacher, "kl")
 
 
 class KLStep:
-    """One micro-batch: teacher forward, student forward, losses, backward."""
+    """One micro-batch: teacher forward, student forward, losses, backward.
 
-    def __init__(self, options: KLStage, student: Any, teacher: Any):
-        self.options, self.student, self.teacher = options, student, teacher
-        self.losses = options.build_losses({"hidden", "head", "ids", "layers"}, "kl")
+    Args:
+        options: the stage's.
+        student: what learns.
+        teacher: what it learns from.
+        stage: the stage's name, for messages.
+        further: signals that a subclass offers beside those of every end-to-end stage.
+    """
+
+    def __init__(
+        self, options: StageOptions, student: Any, teacher: Any, stage: str, further: frozenset[str] = frozenset()
+    ):  # fmt: skip
+        self.options, self.student, self.teacher, self.stage = options, student, teacher, stage
+        self.losses = options.build_losses({"hidden", "head", "ids", "layers"} | further, stage)
         self.layers = self._chosen_layers()
         self.needs_teacher = set(self.losses) != {"cross_entropy"}
         if options.gradient_checkpointing:
@@ -46,14 +56,17 @@ class KLStep:
     def _chosen_layers(self) -> list[int]:
         """Layers whose outputs some loss compares. Raises ConfigError when the two models have different ones."""
         asking = [loss for loss in self.losses.values() if "layers" in loss.needs]
+        # Final hidden states themselves, not what the head makes of them.
+        compared = [name for name, loss in self.losses.items() if "layers" in loss.needs or loss.needs == {"hidden"}]
+        for size in ("num_hidden_layers", "hidden_size") if asking else ("hidden_size",):
+            own, other = (getattr(model.config, size) for model in (self.student, self.teacher))
+            if compared and own != other:
+                raise ConfigError(
+                    f"stage {self.stage!r}: {size} is {own} in the student and {other} in the teacher; {compared[0]} needs them "
+                    "equal"
+                )
         if not asking:
             return []
-        for size in ("num_hidden_layers", "hidden_size"):
-            own, other = (getattr(model.config, size) for model in (self.student, self.teacher))
-            if own != other:
-                raise ConfigError(
-                    f"stage 'kl': {size} is {own} in the student and {other} in the teacher; features needs them equal"
-                )
         depth, converted = self.student.config.num_hidden_layers, converted_layers(self.student)
         return sorted({index for loss in asking for index in loss.chosen(depth, converted)})
 
