@@ -192,6 +192,8 @@ def stage_cost(
         apart = []
         for key, parameter in own.named_parameters():
             twin = theirs.get(key)
+            if parameter is twin:
+                continue
             if key in trained_before:
                 parameter.data = parameter.data.float()
                 if twin is not None and options.follows_itself:

@@ -46,8 +46,12 @@ class Job:
 
 
 def wanted(stages: list[dict[str, Any]]) -> list[tuple[str, Any]]:
-    """(name, options) of each stage, without optional ones that have no data. Raises ConfigError when none is left."""
-    built = [(spec["name"], options) for options, spec in ((STAGES.build(spec), spec) for spec in stages)]
+    """(name, options) of each stage and part of one, without optional ones that have no data.
+
+    Raises:
+        ConfigError: none is left.
+    """
+    built = [(spec["name"], options) for spec in stages for options in STAGES.build(spec).parts()]
     kept = [pair for pair in built if not (isinstance(pair[1], PostTraining) and pair[1].optional and pair[1].data is None)]
     for name, _ in (pair for pair in built if pair not in kept):
         log.info("stage %s: optional, and was given no data; left out", name)

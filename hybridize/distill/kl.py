@@ -1,5 +1,6 @@
 """Stage `kl`: the whole student against the whole teacher, end to end."""
 
+import dataclasses
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -9,9 +10,11 @@ from torch import Tensor, nn
 from hybridize.capture import layer_outputs
 from hybridize.data import Batch
 from hybridize.distill.options import StageOptions, autocast, checkpoint_gradients, converted_layers
+from hybridize.distill.replacement import Replacement, lend_attention
 from hybridize.distill.sharding import final_hidden, let_go
 from hybridize.distill.signals import Head, Signals
 from hybridize.errors import ConfigError
+from hybridize.registry import make
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,9 +26,48 @@ class KLStage(StageOptions):
     """
 
     losses: list[dict[str, Any]] = field(default_factory=lambda: [{"name": "kl", "weight": 1.0}])
+    replace: dict[str, Any] | None = None
+    """Converted layers that come in step by step, {shares, order}; until then they run the teacher's attention. See
+    Replacement. None is all at once."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.replace is None:
+            return
+        found: Replacement = make(Replacement, self.replace, "replace")
+        object.__setattr__(self, "replace", dataclasses.asdict(found))
+        if found.step is None and self.tokens < len(found.shares) * self.step_tokens:
+            raise ConfigError(
+                f"tokens is {self.tokens}, expected one step of {self.step_tokens} for each of the {len(found.shares)} shares of "
+                "replace"
+            )
+
+    @property
+    def replacement(self) -> Replacement | None:
+        return None if self.replace is None else Replacement(**self.replace)
+
+    @property
+    def divides(self) -> bool:
+        return self.replace is None
+
+    def parts(self) -> list[StageOptions]:
+        """A stage for each step of `replace`, with the same part of the tokens."""
+        found = self.replacement
+        if found is None or found.step is not None:
+            return [self]
+        steps, tokens = range(1, len(found.shares) + 1), self.tokens // len(found.shares)
+        return [dataclasses.replace(self, tokens=tokens, replace={**(self.replace or {}), "step": step}) for step in steps]
+
+    def prepare(self, student: Any, teacher: Any) -> None:
+        """Lend the teacher's attention to the layers that are not yet replaced."""
+        if self.replacement is not None:
+            lend_attention(student, teacher, self.replacement.waiting(student), "kl")
 
     def candidates(self, student: Any) -> dict[str, nn.Parameter]:
-        return dict(student.named_parameters())
+        """Every parameter but those in place of a mixer."""
+        waiting = [] if self.replacement is None else self.replacement.waiting(student)
+        lent = tuple(f"model.layers.{index}.self_attn." for index in waiting)
+        return {name: parameter for name, parameter in student.named_parameters() if not name.startswith(lent)}
 
     def start(self, student: Any, teacher: Any, first: Batch) -> "KLStep":
         """The step of this stage; `first` is not used: nothing is measured beforehand."""

@@ -69,8 +69,6 @@ class StageOptions:
     needs_teacher: ClassVar[bool] = True
     follows_itself: ClassVar[bool] = False
     """Whether the teacher is the student as the stage finds it."""
-    divides: ClassVar[bool] = True
-    """Whether the stage runs with weights divided over processes."""
     lanes: ClassVar[int] = 1
     """Texts side by side in a row."""
 
@@ -102,6 +100,11 @@ class StageOptions:
         return False
 
     @property
+    def divides(self) -> bool:
+        """Whether the stage runs with weights divided over processes."""
+        return True
+
+    @property
     def step_rows(self) -> int:
         return self.rows * self.accumulate
 
@@ -116,6 +119,10 @@ class StageOptions:
     @property
     def save_steps(self) -> int:
         return max(1, (self.save_tokens or self.tokens // 10) // self.step_tokens)
+
+    def parts(self) -> list["StageOptions"]:
+        """The stages that this one is short for, in order."""
+        return [self]
 
     def prepare(self, student: Any, teacher: Any) -> None:
         """Change the student for the time of the stage; its weights are those that the stage begins with.
@@ -225,6 +232,15 @@ def checkpoint_gradients(model: Any) -> None:
 def converted_layers(student: Any) -> list[int]:
     """Indices of a hybrid's layers that no longer have the base's attention."""
     return [index for index, spec in enumerate(student.config.mixers) if spec["name"] != "attention"]
+
+
+def reading_groups(student: Any) -> list[list[int]]:
+    """The converted layers in groups that belong together, by who reads whose memory; lowest layers first."""
+    groups: dict[int, list[int]] = {}
+    for index in converted_layers(student):
+        read = getattr(student.model.mixer_options[index], "reads", None)
+        groups.setdefault(index if read is None else read, []).append(index)
+    return list(groups.values())
 
 
 def autocast(device: torch.device, options: StageOptions) -> torch.autocast:
