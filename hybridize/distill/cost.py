@@ -189,10 +189,10 @@ def stage_cost(
             parameter.data = parameter.data.float()
             parameter.requires_grad_(True)
         theirs = dict(other.named_parameters(remove_duplicate=False)) if options.needs_teacher else {}
-        apart = []
+        apart, lent = [], {id(parameter) for parameter in other.parameters()}
         for key, parameter in own.named_parameters():
             twin = theirs.get(key)
-            if parameter is twin:
+            if id(parameter) in lent:
                 continue
             if key in trained_before:
                 parameter.data = parameter.data.float()

@@ -169,8 +169,7 @@ class LayerCounter:
     def _work(self, index: int, kind: str, run: Callable[..., Tensor], gradient: bool) -> Work:
         layer, config = self.model.model.layers[index], self.model.config
         spec = repr(config.mixers[index]) if hasattr(config, "mixers") else "attention"
-        # Not by the plan alone: another module may stand there while a stage runs.
-        key = (kind, spec, type(layer.self_attn), gradient, tuple(p.requires_grad for p in layer.parameters()))
+        key = (kind, spec, gradient, tuple(p.requires_grad for p in layer.parameters()))
         if key not in self._known:
 
             def once(rows: int, tokens: int) -> Tensor:

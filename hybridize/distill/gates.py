@@ -6,7 +6,7 @@ plan's number of largest gates in each layer are 1 and the others 0, so that wha
 
 import dataclasses
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -39,9 +39,7 @@ class Gates(StageOptions):
         default_factory=lambda: [{"name": "hidden_state", "relative": False}, {"name": "gate_sparsity"}]
     )
 
-    @property
-    def divides(self) -> bool:
-        return False
+    divides: ClassVar[bool] = False
 
     def prepare(self, student: Any, teacher: Any) -> None:
         """Open the gates of every layer that has a choice."""

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from hybridize.capture import layer_outputs
 from hybridize.data import Batch
 from hybridize.distill.options import StageOptions, autocast, checkpoint_gradients, converted_layers
-from hybridize.distill.replacement import Replacement, lend_attention
+from hybridize.distill.replacement import Replacement, lend_attention, lender
 from hybridize.distill.sharding import final_hidden, let_go
 from hybridize.distill.signals import Head, Signals
 from hybridize.errors import ConfigError
@@ -46,10 +46,6 @@ class KLStage(StageOptions):
     def replacement(self) -> Replacement | None:
         return None if self.replace is None else Replacement(**self.replace)
 
-    @property
-    def divides(self) -> bool:
-        return self.replace is None
-
     def parts(self) -> list[StageOptions]:
         """A stage for each step of `replace`, with the same part of the tokens."""
         found = self.replacement
@@ -64,10 +60,11 @@ class KLStage(StageOptions):
             lend_attention(student, teacher, self.replacement.waiting(student), "kl")
 
     def candidates(self, student: Any) -> dict[str, nn.Parameter]:
-        """Every parameter but those in place of a mixer."""
+        """Every parameter but those of mixers that rest and of what stands in for them."""
         waiting = [] if self.replacement is None else self.replacement.waiting(student)
-        lent = tuple(f"model.layers.{index}.self_attn." for index in waiting)
-        return {name: parameter for name, parameter in student.named_parameters() if not name.startswith(lent)}
+        resting = tuple(f"model.layers.{index}.self_attn." for index in waiting)
+        named = student.named_parameters()
+        return {name: parameter for name, parameter in named if not name.startswith(resting) and lender(name) is None}
 
     def start(self, student: Any, teacher: Any, first: Batch) -> "KLStep":
         """The step of this stage; `first` is not used: nothing is measured beforehand."""

@@ -69,6 +69,8 @@ class StageOptions:
     needs_teacher: ClassVar[bool] = True
     follows_itself: ClassVar[bool] = False
     """Whether the teacher is the student as the stage finds it."""
+    divides: ClassVar[bool] = True
+    """Whether the stage runs with weights divided over processes."""
     lanes: ClassVar[int] = 1
     """Texts side by side in a row."""
 
@@ -98,11 +100,6 @@ class StageOptions:
     def by_layers(self) -> bool:
         """Whether processes share out layers in place of rows."""
         return False
-
-    @property
-    def divides(self) -> bool:
-        """Whether the stage runs with weights divided over processes."""
-        return True
 
     @property
     def step_rows(self) -> int:

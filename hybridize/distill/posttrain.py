@@ -50,6 +50,7 @@ class PostTraining(StageOptions, ABC):
     """Tokens whose logits exist at once."""
 
     needs_teacher: ClassVar[bool] = False
+    divides: ClassVar[bool] = False
     packs: ClassVar[bool] = False
     """Whether a row holds several texts."""
 
@@ -63,10 +64,6 @@ class PostTraining(StageOptions, ABC):
             raise ConfigError(
                 f"chunk_tokens is {self.chunk_tokens} and recall_fall {self.recall_fall}; expected at least 1, and >= 0 or null"
             )
-
-    @property
-    def divides(self) -> bool:
-        return False
 
     def candidates(self, student: Any) -> dict[str, nn.Parameter]:
         """Every parameter."""

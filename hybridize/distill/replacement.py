@@ -15,6 +15,10 @@ from hybridize.families import head_dim
 
 log = logging.getLogger(__name__)
 
+LENT = "teacher_attention"
+"""Where a decoder layer keeps the attention that it is lent."""
+SIZES = ("num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads", "rope_parameters")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Replacement:
@@ -73,11 +77,12 @@ class Replacement:
 
 
 def lend_attention(student: Any, teacher: Any, layers: list[int], stage: str) -> None:
-    """Put the teacher's own attention in place of the student's mixers, without a copy of its weights.
+    """Have the teacher's own attention run in place of the student's mixers, which stay where they are and rest.
 
     Args:
-        student: a hybrid; its mixers of those layers are let go.
-        teacher: what it learns from.
+        student: a hybrid.
+        teacher: what it learns from. Where its weights are in memory they serve both; where they are still to come, `lender` of
+            a name says whose they are.
         layers: indices.
         stage: the stage's name, for messages.
 
@@ -90,17 +95,27 @@ def lend_attention(student: Any, teacher: Any, layers: list[int], stage: str) ->
     for what, own, other in (
         ("model_type", student.config.model_type.removeprefix("hybrid_"), teacher.config.model_type.removeprefix("hybrid_")),
         ("head_dim", head_dim(student.config), head_dim(teacher.config)),
-        *(
-            (size, getattr(student.config, size, None), getattr(teacher.config, size, None))
-            for size in ("num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads", "rope_parameters")
-        ),
+        *((size, getattr(student.config, size, None), getattr(teacher.config, size, None)) for size in SIZES),
     ):
         if own != other:
             raise ConfigError(f"{where} {what} is {own} in the student and {other} in the teacher, expected equal. Leave it out")
-    for index in set(layers) & set(converted_layers(teacher) if hasattr(teacher.config, "mixers") else ()):
-        name = teacher.config.mixers[index]["name"]
-        raise ConfigError(f"{where} layer {index} of the teacher is {name!r}, expected attention. Give the base as the teacher")
+    for index in converted_layers(teacher) if hasattr(teacher.config, "mixers") else ():
+        if index in layers:
+            name = teacher.config.mixers[index]["name"]
+            raise ConfigError(
+                f"{where} layer {index} of the teacher is {name!r}, expected attention. Give the base as the teacher"
+            )
     for index in layers:
-        # A module of its own over the same weights: one of the two is in training mode and the other is not.
-        student.model.layers[index].self_attn = copy.copy(teacher.model.layers[index].self_attn)
+        theirs, layer = teacher.model.layers[index].self_attn, student.model.layers[index]
+        to_come = any(parameter.is_meta for parameter in theirs.parameters())
+        # A module of its own in any case: one of the two is in training mode and the other is not.
+        lent = copy.deepcopy(theirs) if to_come else copy.copy(theirs)
+        layer.add_module(LENT, lent)
+        layer.self_attn.forward = lent.forward
     log.info("stage %s: layers %s run the teacher's attention, the other converted ones their mixers", stage, layers)
+
+
+def lender(name: str) -> str | None:
+    """The teacher's name of a parameter that it lends; None for the student's own."""
+    layer, lent, rest = name.partition(f".{LENT}.")
+    return f"{layer}.self_attn.{rest}" if lent else None
