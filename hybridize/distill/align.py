@@ -16,7 +16,7 @@ from transformers.masking_utils import find_packed_sequence_indices
 
 from hybridize.capture import LayerSignals, Projection, visit_layers
 from hybridize.data import Batch
-from hybridize.distill.options import StageOptions, autocast, converted_layers
+from hybridize.distill.options import StageOptions, autocast, converted_layers, reading_groups
 from hybridize.distill.signals import Signals
 from hybridize.errors import ConfigError
 from hybridize.mixers.memory import Memories
@@ -69,11 +69,8 @@ def aligned_layers(student: Any) -> list[int]:
 
 def own_layers(student: Any, rank: int, world: int) -> list[int]:
     """The converted layers that one of several processes trains where layers are shared out; who reads goes with who is read."""
-    options = student.model.mixer_options
-    groups: dict[int, list[int]] = {}
-    for index in aligned_layers(student):
-        groups.setdefault(getattr(options[index], "reads", index), []).append(index)
-    return sorted(index for group in list(groups.values())[rank::world] for index in group)
+    aligned_layers(student)
+    return sorted(index for group in reading_groups(student)[rank::world] for index in group)
 
 
 class AlignStep:

@@ -183,15 +183,18 @@ def stage_cost(
     """
     with fake_tensors():
         own, other = _fake(student, options), _fake(student if options.follows_itself else teacher, options)
+        options.prepare(own, other)
         candidates = options.candidates(own)
         trained = options.choose(candidates, name)
         for parameter in trained.values():
             parameter.data = parameter.data.float()
             parameter.requires_grad_(True)
         theirs = dict(other.named_parameters(remove_duplicate=False)) if options.needs_teacher else {}
-        apart = []
+        apart, lent = [], {id(parameter) for parameter in other.parameters()}
         for key, parameter in own.named_parameters():
             twin = theirs.get(key)
+            if id(parameter) in lent:
+                continue
             if key in trained_before:
                 parameter.data = parameter.data.float()
                 if twin is not None and options.follows_itself:

@@ -46,8 +46,12 @@ class Job:
 
 
 def wanted(stages: list[dict[str, Any]]) -> list[tuple[str, Any]]:
-    """(name, options) of each stage, without optional ones that have no data. Raises ConfigError when none is left."""
-    built = [(spec["name"], options) for options, spec in ((STAGES.build(spec), spec) for spec in stages)]
+    """(name, options) of each stage and part of one, without optional ones that have no data.
+
+    Raises:
+        ConfigError: none is left.
+    """
+    built = [(spec["name"], options) for spec in stages for options in STAGES.build(spec).parts()]
     kept = [pair for pair in built if not (isinstance(pair[1], PostTraining) and pair[1].optional and pair[1].data is None)]
     for name, _ in (pair for pair in built if pair not in kept):
         log.info("stage %s: optional, and was given no data; left out", name)
@@ -160,19 +164,24 @@ def measure_recall(run: Run, job: Job, index: int, when: str, weights: dict[str,
     run.accelerator.wait_for_everyone()
 
 
+def tensors_of(model: Any) -> dict[str, Tensor]:
+    """Parameters and buffers of a model by name."""
+    return dict(model.named_parameters()) | dict(model.named_buffers())
+
+
 def filled(model: Any, weights: dict[str, Tensor]) -> Any:
-    """A model with the values of some of its parameters replaced, in its own dtypes: what a directory of it would hold."""
-    parameters = dict(model.named_parameters())
+    """A model with the values of some of its tensors replaced, in its own dtypes: what a directory of it would hold."""
+    tensors = tensors_of(model)
     with torch.no_grad():
         for key, weight in weights.items():
-            parameters[key].copy_(weight)
+            tensors[key].copy_(weight)
     return model
 
 
 def with_weights(model: Any, weights: dict[str, Tensor]) -> Any:
-    """A model with some of its parameters replaced, in the dtype of what replaces them."""
-    parameters = dict(model.named_parameters())
+    """A model with some of its tensors replaced, in the dtype of what replaces them."""
+    tensors = tensors_of(model)
     with torch.no_grad():
         for key, weight in weights.items():
-            parameters[key].data = weight.clone()
+            tensors[key].data = weight.clone()
     return model

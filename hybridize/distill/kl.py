@@ -1,5 +1,6 @@
 """Stage `kl`: the whole student against the whole teacher, end to end."""
 
+import dataclasses
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -9,9 +10,11 @@ from torch import Tensor, nn
 from hybridize.capture import layer_outputs
 from hybridize.data import Batch
 from hybridize.distill.options import StageOptions, autocast, checkpoint_gradients, converted_layers
+from hybridize.distill.replacement import Replacement, lend_attention, lender
 from hybridize.distill.sharding import final_hidden, let_go
 from hybridize.distill.signals import Head, Signals
 from hybridize.errors import ConfigError
+from hybridize.registry import make
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,21 +26,67 @@ class KLStage(StageOptions):
     """
 
     losses: list[dict[str, Any]] = field(default_factory=lambda: [{"name": "kl", "weight": 1.0}])
+    replace: dict[str, Any] | None = None
+    """Converted layers that come in step by step, {shares, order}; until then they run the teacher's attention. See
+    Replacement. None is all at once."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.replace is None:
+            return
+        found: Replacement = make(Replacement, self.replace, "replace")
+        object.__setattr__(self, "replace", dataclasses.asdict(found))
+        if found.step is None and self.tokens < len(found.shares) * self.step_tokens:
+            raise ConfigError(
+                f"tokens is {self.tokens}, expected one step of {self.step_tokens} for each of the {len(found.shares)} shares of "
+                "replace"
+            )
+
+    @property
+    def replacement(self) -> Replacement | None:
+        return None if self.replace is None else Replacement(**self.replace)
+
+    def parts(self) -> list[StageOptions]:
+        """A stage for each step of `replace`, with the same part of the tokens."""
+        found = self.replacement
+        if found is None or found.step is not None:
+            return [self]
+        steps, tokens = range(1, len(found.shares) + 1), self.tokens // len(found.shares)
+        return [dataclasses.replace(self, tokens=tokens, replace={**(self.replace or {}), "step": step}) for step in steps]
+
+    def prepare(self, student: Any, teacher: Any) -> None:
+        """Lend the teacher's attention to the layers that are not yet replaced."""
+        if self.replacement is not None:
+            lend_attention(student, teacher, self.replacement.waiting(student), "kl")
 
     def candidates(self, student: Any) -> dict[str, nn.Parameter]:
-        return dict(student.named_parameters())
+        """Every parameter but those of mixers that rest and of what stands in for them."""
+        waiting = [] if self.replacement is None else self.replacement.waiting(student)
+        resting = tuple(f"model.layers.{index}.self_attn." for index in waiting)
+        named = student.named_parameters()
+        return {name: parameter for name, parameter in named if not name.startswith(resting) and lender(name) is None}
 
     def start(self, student: Any, teacher: Any, first: Batch) -> "KLStep":
         """The step of this stage; `first` is not used: nothing is measured beforehand."""
-        return KLStep(self, student, teacher)
+        return KLStep(self, student, teacher, "kl")
 
 
 class KLStep:
-    """One micro-batch: teacher forward, student forward, losses, backward."""
+    """One micro-batch: teacher forward, student forward, losses, backward.
 
-    def __init__(self, options: KLStage, student: Any, teacher: Any):
-        self.options, self.student, self.teacher = options, student, teacher
-        self.losses = options.build_losses({"hidden", "head", "ids", "layers"}, "kl")
+    Args:
+        options: the stage's.
+        student: what learns.
+        teacher: what it learns from.
+        stage: the stage's name, for messages.
+        further: signals that a subclass offers beside those of every end-to-end stage.
+    """
+
+    def __init__(
+        self, options: StageOptions, student: Any, teacher: Any, stage: str, further: frozenset[str] = frozenset()
+    ):  # fmt: skip
+        self.options, self.student, self.teacher, self.stage = options, student, teacher, stage
+        self.losses = options.build_losses({"hidden", "head", "ids", "layers"} | further, stage)
         self.layers = self._chosen_layers()
         self.needs_teacher = set(self.losses) != {"cross_entropy"}
         if options.gradient_checkpointing:
@@ -46,14 +95,17 @@ class KLStep:
     def _chosen_layers(self) -> list[int]:
         """Layers whose outputs some loss compares. Raises ConfigError when the two models have different ones."""
         asking = [loss for loss in self.losses.values() if "layers" in loss.needs]
+        # Final hidden states themselves, not what the head makes of them.
+        compared = [name for name, loss in self.losses.items() if "layers" in loss.needs or loss.needs == {"hidden"}]
+        for size in ("num_hidden_layers", "hidden_size") if asking else ("hidden_size",):
+            own, other = (getattr(model.config, size) for model in (self.student, self.teacher))
+            if compared and own != other:
+                raise ConfigError(
+                    f"stage {self.stage!r}: {size} is {own} in the student and {other} in the teacher; {compared[0]} needs them "
+                    "equal"
+                )
         if not asking:
             return []
-        for size in ("num_hidden_layers", "hidden_size"):
-            own, other = (getattr(model.config, size) for model in (self.student, self.teacher))
-            if own != other:
-                raise ConfigError(
-                    f"stage 'kl': {size} is {own} in the student and {other} in the teacher; features needs them equal"
-                )
         depth, converted = self.student.config.num_hidden_layers, converted_layers(self.student)
         return sorted({index for loss in asking for index in loss.chosen(depth, converted)})
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from hybridize.distill.adapters import Lora
 from hybridize.distill.guards import OnSpike
@@ -37,6 +37,8 @@ class StageOptions:
     warmup: float = 0.02
     """Share of the steps over which the rate rises from nothing."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    decay: float | None = None
+    """Share of the steps, the last ones, over which the rate falls; None is all after the warm-up."""
     final_ratio: float = 0.1
     """The last rate over the highest one."""
     weight_decay: float = 0.0
@@ -80,8 +82,8 @@ class StageOptions:
         for name in ("tokens", "seq_tokens", "rows", "accumulate"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}, expected at least 1")
-        for name in ("warmup", "final_ratio"):
-            if not 0 <= getattr(self, name) <= 1:
+        for name in ("warmup", "decay", "final_ratio"):
+            if not 0 <= (getattr(self, name) or 0) <= 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}, expected a share between 0 and 1")
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
             raise ConfigError(f"betas is {self.betas}, expected two numbers from 0 to below 1")
@@ -115,6 +117,25 @@ class StageOptions:
     def save_steps(self) -> int:
         return max(1, (self.save_tokens or self.tokens // 10) // self.step_tokens)
 
+    def parts(self) -> list["StageOptions"]:
+        """The stages that this one is short for, in order."""
+        return [self]
+
+    def prepare(self, student: Any, teacher: Any) -> None:
+        """Change the student for the time of the stage; its weights are those that the stage begins with.
+
+        What a stage adds here is saved with what it trains, and put back after this by name.
+        """
+
+    def leave(self, student: Any, trained: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The weights that leave the stage, by the names that a directory of the student has.
+
+        Args:
+            student: as the stage leaves it.
+            trained: its trained parameters but adapters, fp32, on the CPU.
+        """
+        return trained
+
     def weight(self, batch: Any) -> float:
         """How much of a step a batch or a part of it is: its rows, which all have the same number of tokens."""
         return len(batch)
@@ -126,7 +147,9 @@ class StageOptions:
             return (step + 1) / rise
         if self.schedule == "constant":
             return 1.0
-        done = (step - rise) / max(1, self.steps - 1 - rise)
+        if self.decay is not None:
+            rise = max(rise, self.steps - math.ceil(self.decay * self.steps) - 1)
+        done = max(0, step - rise) / max(1, self.steps - 1 - rise)
         fall = (1 + math.cos(math.pi * done)) / 2 if self.schedule == "cosine" else 1 - done
         return self.final_ratio + (1 - self.final_ratio) * fall
 
@@ -206,6 +229,15 @@ def checkpoint_gradients(model: Any) -> None:
 def converted_layers(student: Any) -> list[int]:
     """Indices of a hybrid's layers that no longer have the base's attention."""
     return [index for index, spec in enumerate(student.config.mixers) if spec["name"] != "attention"]
+
+
+def reading_groups(student: Any) -> list[list[int]]:
+    """The converted layers in groups that belong together, by who reads whose memory; lowest layers first."""
+    groups: dict[int, list[int]] = {}
+    for index in converted_layers(student):
+        read = getattr(student.model.mixer_options[index], "reads", None)
+        groups.setdefault(index if read is None else read, []).append(index)
+    return list(groups.values())
 
 
 def autocast(device: torch.device, options: StageOptions) -> torch.autocast:

@@ -18,7 +18,17 @@ from hybridize.core import digest
 from hybridize.data import Mixture, Sources, Tokens, read_tokens
 from hybridize.distill.adapters import Lora, inject, is_adapter, merged, targeted, watched
 from hybridize.distill.guards import Guard
-from hybridize.distill.job import Job, blocks_of, filled, measure_recall, read_examples, source_of, wanted, with_weights
+from hybridize.distill.job import (
+    Job,
+    blocks_of,
+    filled,
+    measure_recall,
+    read_examples,
+    source_of,
+    tensors_of,
+    wanted,
+    with_weights,
+)
 from hybridize.distill.layers import share_layers
 from hybridize.distill.loop import Metrics, Progress, Run, fork_random, seed_of, train
 from hybridize.distill.posttrain import PostTraining, Recall, recall_records, restore_qk, start_weights
@@ -51,7 +61,7 @@ def distill(
 
     Args:
         student_dir: a hybrid directory; its dtypes are those of the output, whatever the training ran in.
-        stages: {"name": "align" | "kl" | "sft" | "dpo", **options} each; see StageOptions.
+        stages: {"name": "align" | "kl" | "gates" | "sft" | "dpo", **options} each; see StageOptions.
         text: what to train on, all of it: a source as `data.read_documents` takes it, several as {source: weight}, or tokens;
             None where every stage has `data` of its own.
         out: the output directory; must not exist. Its `<out>.metrics.jsonl` appears beside it.
@@ -246,7 +256,8 @@ def _train_stage(run: Run, job: Job, index: int, state: State) -> dict[str, Tens
         shares.weights()
     if run.mesh is not None:
         return carried | {key: parameter.detach() for key, parameter in trained.items()}
-    weights = carried | {key: parameter.detach().cpu() for key, parameter in trained.items() if key not in adapters}
+    own = {key: parameter.detach().cpu() for key, parameter in trained.items() if key not in adapters}
+    weights = carried | options.leave(student, own)
     if adapters:
         weights |= merged(student)
     if isinstance(options, PostTraining):
@@ -290,7 +301,11 @@ def load_pair(
         other = own if teacher is None else getattr(teacher.config, size)
         if own != other:
             raise ConfigError(f"stage {name!r}: {size} is {own} in {student_dir} and {other} in {teacher_dir}, expected equal")
-    with_weights(student, {key: weight for key, weight in weights.items() if not is_adapter(key)}).requires_grad_(False)
+    # What the stage adds to the student comes first into being, then gets its values.
+    added = weights.keys() - tensors_of(student).keys()
+    with_weights(student, {key: weight for key, weight in weights.items() if key not in added})
+    options.prepare(student, teacher)
+    student.requires_grad_(False)
     candidates = options.candidates(student)
     trained = options.choose(candidates, name)
     for parameter in trained.values():
@@ -307,9 +322,7 @@ def load_pair(
         for parameter in trained.values():
             parameter.requires_grad_(True)
         trained = trained | adapters
-        with torch.no_grad():
-            for key in adapters.keys() & weights.keys():
-                adapters[key].copy_(weights[key])
+    with_weights(student, {key: weights[key] for key in sorted(added)})
     options.check_rates(trained, name)
     return student.to(device).train(), teacher, trained
 

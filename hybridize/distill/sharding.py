@@ -29,6 +29,7 @@ from hybridize.checkpoint import Checkpoint, open_checkpoint, stored_dtype
 from hybridize.data import Batch
 from hybridize.distill.losses import LOSSES
 from hybridize.distill.options import converted_layers
+from hybridize.distill.replacement import lender
 from hybridize.errors import ConfigError
 
 log = logging.getLogger(__name__)
@@ -158,7 +159,7 @@ def divided(rows: Tensor, like: Tensor, mesh: DeviceMesh) -> DTensor:
 
 def fill(
     model: Any, found: Checkpoint, mesh: DeviceMesh, device: torch.device, used: Callable[[str], bool], kept: set[str],
-    twins: dict[str, Tensor],
+    twins: dict[str, Tensor], teacher: Checkpoint | None = None,
 ) -> int:  # fmt: skip
     """Give parameters their memory and their stored values, each process its own rows; return the bytes that were shared.
 
@@ -170,6 +171,7 @@ def fill(
         used: whether a parameter that is not divided is needed (in full); the others stay without memory.
         kept: names whose values a training state will bring; they get memory in any case, divided.
         twins: another model's parameters by name; frozen equal ones share their memory.
+        teacher: the directory of what a stage lends the model.
     """
     made: dict[int, nn.Parameter] = {}
     saved = 0
@@ -183,8 +185,10 @@ def fill(
             if not split and not used(name):
                 continue
             start, stop = own_rows_of(parameter.shape[0], mesh) if split else (0, parameter.shape[0])
-            rows = found.read_rows(name, start, stop).to(device, parameter.dtype)
-            twin = twins.get(name)
+            lent = lender(name)
+            source = found if lent is None or teacher is None else teacher
+            rows = source.read_rows(lent or name, start, stop).to(device, parameter.dtype)
+            twin = twins.get(lent or name)
             if not parameter.requires_grad and name not in kept and twin is not None and not twin.is_meta:
                 theirs = local(twin).detach()
                 if twin.shape == parameter.shape and theirs.dtype == rows.dtype and torch.equal(theirs, rows):
@@ -214,6 +218,7 @@ def load_sharded_pair(
     dtype = torch.float32 if options.dtype == "fp32" else None
     opened = open_checkpoint(student_dir), open_checkpoint(teacher_dir)
     student, teacher = (empty_model(found, dtype) for found in opened)
+    options.prepare(student, teacher)
     trained = options.choose(options.candidates(student), name)
     options.check_rates(trained, name)
     for key, parameter in student.named_parameters():
@@ -235,7 +240,7 @@ def load_sharded_pair(
     fill(teacher, opened[1], mesh, device, lambda key: name != "align", set(), {})
     saved = fill(
         student, opened[0], mesh, device, lambda key: any(key.startswith(p) and key.endswith(norms) for p in layers), kept,
-        dict(teacher.named_parameters(remove_duplicate=False)),
+        dict(teacher.named_parameters(remove_duplicate=False)), opened[1],
     )  # fmt: skip
     log.info("distill: %.1f MB of this process's frozen weights are shared with the teacher", saved / 1e6)
     own = dict(student.named_parameters())

@@ -38,6 +38,8 @@ class Signals:
     """Queries [B, H, T, d], keys and values [B, G, T, d], as they meet in the scores."""
     layers: dict[int, Tensor] | None = None
     """Outputs of whole layers by index, [B, T, D] each."""
+    gates: list[Tensor] | None = None
+    """Of each layer that has some, the gates that are being learnt, [G] each."""
     head: Head | None = None
     ids: Tensor | None = None
     """The tokens that were read, [B, T], int64."""

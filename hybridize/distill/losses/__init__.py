@@ -14,6 +14,7 @@ LOSSES = Registry(
         "jsd": "hybridize.distill.losses.jsd:JSD",
         "top_k_kl": "hybridize.distill.losses.top_k_kl:TopKKL",
         "sampled_kl": "hybridize.distill.losses.sampled_kl:SampledKL",
+        "gate_sparsity": "hybridize.distill.losses.gate_sparsity:GateSparsity",
         "cross_entropy": "hybridize.distill.losses.cross_entropy:CrossEntropy",
     },
 )
