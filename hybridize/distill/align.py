@@ -45,6 +45,13 @@ class Align(StageOptions):
     def by_layers(self) -> bool:
         return self.parallel == "layers" and dist.is_initialized() and dist.get_world_size() > 1
 
+    def parts(self, trained: dict[str, nn.Parameter]) -> dict[str, dict[str, nn.Parameter]]:
+        """Each layer is a problem of its own: no layer's gradient shortens or stops another's step."""
+        found: dict[str, dict[str, nn.Parameter]] = {}
+        for name, parameter in trained.items():
+            found.setdefault(f"layer.{name.split('.')[2]}", {})[name] = parameter
+        return found
+
     def candidates(self, student: Any) -> dict[str, nn.Parameter]:
         """Only parameters of converted mixers can be trained here."""
         return {
@@ -72,7 +79,9 @@ def own_layers(student: Any, rank: int, world: int) -> list[int]:
     options = student.model.mixer_options
     groups: dict[int, list[int]] = {}
     for index in aligned_layers(student):
-        groups.setdefault(getattr(options[index], "reads", index), []).append(index)
+        # An owner says None where it could have read.
+        read = getattr(options[index], "reads", None)
+        groups.setdefault(index if read is None else read, []).append(index)
     return sorted(index for group in list(groups.values())[rank::world] for index in group)
 
 
@@ -198,7 +207,7 @@ class AlignStep:
                     parts[name] = parts[name] + value.detach() / len(self.layers)
             # A layer of which nothing is trained has a loss, but nothing to learn.
             if total.requires_grad:
-                total.backward(torch.full_like(total, share / len(self.layers)))
+                total.backward(torch.full_like(total, share))
             if "memories" in extra:
                 extra["memories"].detach()
             parts[f"layer.{signals.index}"] = total.detach()

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import logging
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,11 @@ from accelerate.utils import DistributedType
 from torch import Tensor, nn
 from transformers import AutoTokenizer
 
-from hybridize.checkpoint import load_model, open_checkpoint, save_checkpoint
+from hybridize.checkpoint import load_model, open_checkpoint, save_changed
 from hybridize.core import digest
 from hybridize.data import Mixture, Sources, Tokens, read_tokens
 from hybridize.distill.adapters import Lora, inject, is_adapter, merged, targeted, watched
-from hybridize.distill.guards import Guard
-from hybridize.distill.job import Job, blocks_of, filled, measure_recall, read_examples, source_of, wanted, with_weights
+from hybridize.distill.job import Job, blocks_of, measure_recall, read_examples, source_of, wanted, with_weights
 from hybridize.distill.layers import share_layers
 from hybridize.distill.loop import Metrics, Progress, Run, fork_random, seed_of, train
 from hybridize.distill.posttrain import PostTraining, Recall, recall_records, restore_qk, start_weights
@@ -120,7 +120,7 @@ def distill(
             carried["distill"] = [*lineage.get("distill", []), record]
             if found := recall_records(job.scratch, built):
                 carried["recall"] = [*lineage.get("recall", []), *found]
-            _write(student_dir, state.weights, staging, carried)
+            save_changed(open_checkpoint(student_dir), state.weights, staging, carried)
             staging.finish()
     accelerator.wait_for_everyone()
     accelerator.end_training()
@@ -182,7 +182,7 @@ def _train_all(accelerator: Accelerator, job: Job, seed: int, progress: Progress
             if index == state.position.stage:
                 weights = _train_stage(run, job, index, state)
                 position = Position(stage=index + 1, step=0)
-                run.save(position, Guard(), weights, {})
+                run.save(position, {}, weights, {})
                 state = State(position=position, weights={} if shard else weights, moments={})
     if not shard:
         return state
@@ -203,8 +203,8 @@ def _read_state(scratch: Path, shard: bool) -> State | None:
         return plain
     if not shard:
         return read_whole(folder)
-    position, guard = read_about(folder)
-    return State(position=position, weights={}, moments={}, guard=guard)
+    position, guards = read_about(folder)
+    return State(position=position, weights={}, moments={}, guards=guards)
 
 
 def _train_stage(run: Run, job: Job, index: int, state: State) -> dict[str, Tensor]:
@@ -229,7 +229,7 @@ def _train_stage(run: Run, job: Job, index: int, state: State) -> dict[str, Tens
         carried = {key: own[key].detach() for key in kept if key not in trained}
         if folder is not None:
             moments = read_into(folder, {key: own[key] for key in kept}, dict(trained) if state.position.step else {})
-            state = State(position=state.position, weights={}, moments=moments, guard=state.guard)
+            state = State(position=state.position, weights={}, moments=moments, guards=state.guards)
     shares = share_layers(student, trained, run.mesh is not None) if options.by_layers else None
     if shares is not None:
         trained = shares.own
@@ -259,7 +259,7 @@ def _train_stage(run: Run, job: Job, index: int, state: State) -> dict[str, Tens
 
 
 def load_pair(
-    student_dir: Path, teacher_dir: Path, options: Any, name: str, weights: dict[str, Tensor], device: torch.device,
+    student_dir: Path, teacher_dir: Path, options: Any, name: str, weights: Mapping[str, Tensor], device: torch.device,
     teacher_weights: dict[str, Tensor] | None = None, seed: int = 0,
 ) -> tuple[Any, Any, dict[str, nn.Parameter]]:  # fmt: skip
     """Student and teacher as a stage needs them: what is trained in fp32, what is frozen and equal held once.
@@ -327,7 +327,3 @@ def share_frozen(student: nn.Module, teacher: nn.Module) -> int:
                 setattr(module, leaf, twin)
                 saved += parameter.numel() * parameter.element_size()
     return saved
-
-
-def _write(student_dir: Path, weights: dict[str, Tensor], staging: Staging, lineage: dict[str, Any]) -> None:
-    save_checkpoint(filled(load_model(student_dir), weights), student_dir, staging, lineage)
