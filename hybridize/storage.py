@@ -161,6 +161,67 @@ class LargeFile:
             self._buffer.close()
 
 
+class RowFile:
+    """Rows of equal size, written and read by their number, in one file that grows. A context manager.
+
+    Args:
+        path: the file; made where it is missing.
+        row_bytes: size of a row.
+    """
+
+    def __init__(self, path: Path, row_bytes: int):
+        self.path, self.row_bytes = path, row_bytes
+        with disk_errors(path):
+            self._handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+
+    def write(self, row: int, data: memoryview) -> None:
+        """Put whole rows from number `row` on. Raises ConfigError when the disk is full."""
+        offset = row * self.row_bytes
+        with disk_errors(self.path):
+            while len(data):
+                count = os.pwrite(self._handle, data, offset)
+                data, offset = data[count:], offset + count
+
+    def read(self, row: int, data: memoryview) -> None:
+        """Fill `data` with whole rows from number `row` on. Raises ConfigError when they are not there."""
+        offset = row * self.row_bytes
+        while len(data):
+            count = os.preadv(self._handle, [data], offset)
+            if count == 0:
+                raise ConfigError(f"{self.path}: ends in row {offset // self.row_bytes}, more were written: it was cut. {_ANEW}")
+            data, offset = data[count:], offset + count
+
+    def require(self, rows: int) -> None:
+        """Raise ConfigError when there are fewer rows."""
+        if (size := os.fstat(self._handle).st_size) < rows * self.row_bytes:
+            raise ConfigError(f"{self.path}: has {size} bytes, expected {rows * self.row_bytes}: it was cut or removed. {_ANEW}")
+
+    def sync(self) -> None:
+        """Put on disk what was written."""
+        with disk_errors(self.path):
+            os.fsync(self._handle)
+
+    def close(self) -> None:
+        """Let the file go; what was written may not be on disk yet."""
+        os.close(self._handle)
+
+    def __enter__(self) -> "RowFile":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+
+_ANEW = "Remove the unfinished run beside the output and start it again"
+
+
+def rename(old: Path, new: Path) -> None:
+    """Give a file, on disk by now, another name in the same folder."""
+    with disk_errors(new):
+        os.replace(old, new)
+        sync_folder(new.parent)
+
+
 def append_stream(path: Path) -> IO[str]:
     """A text file open for appending: logs, which nobody takes for whole."""
     with disk_errors(path):

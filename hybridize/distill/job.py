@@ -160,6 +160,21 @@ def measure_recall(run: Run, job: Job, index: int, when: str, weights: dict[str,
     run.accelerator.wait_for_everyone()
 
 
+def check_sizes(name: str, student: Any, teacher: Any, folders: tuple[Path, Path]) -> None:
+    """Raise ConfigError when student and teacher cannot be compared.
+
+    Args:
+        name: the stage's.
+        student: its config.
+        teacher: the teacher's.
+        folders: of both, for messages.
+    """
+    for size in ("hidden_size", "num_hidden_layers", "vocab_size") if name == "align" else ("vocab_size",):
+        own, other = getattr(student, size), getattr(teacher, size)
+        if own != other:
+            raise ConfigError(f"stage {name!r}: {size} is {own} in {folders[0]} and {other} in {folders[1]}, expected equal")
+
+
 def filled(model: Any, weights: dict[str, Tensor]) -> Any:
     """A model with the values of some of its parameters replaced, in its own dtypes: what a directory of it would hold."""
     parameters = dict(model.named_parameters())
@@ -174,5 +189,5 @@ def with_weights(model: Any, weights: dict[str, Tensor]) -> Any:
     parameters = dict(model.named_parameters())
     with torch.no_grad():
         for key, weight in weights.items():
-            parameters[key].data = weight.clone()
+            parameters[key].data = weight.to(parameters[key].device, copy=True)
     return model

@@ -185,6 +185,7 @@ def norms_of(parts: dict[str, dict[str, nn.Parameter]], device: torch.device, sh
 def train(
     run: Run, stage: int, name: str, options: StageOptions, micro_step: MicroStep, trained: dict[str, nn.Parameter],
     carried: dict[str, Tensor], blocks: TrainBlocks, start: State, shares: LayerShares | None = None,
+    passes: tuple[int, int] = (0, 1),
 ) -> None:  # fmt: skip
     """Run one stage from where `start` stands to its end, saving on the way; the weights are changed in place.
 
@@ -199,6 +200,8 @@ def train(
         blocks: the batches.
         start: where to begin.
         shares: who trains what where layers are shared out; `trained` is this process's own then.
+        passes: (which, of how many) through the stage's steps this is, where a stage takes them layer after layer; a position
+            counts the steps of all.
 
     Raises:
         TrainingError: a loss or gradient is not finite or a spike, and the stage is to stop at it; nothing was updated
@@ -209,14 +212,15 @@ def train(
     restore_moments(trained, optimizer, start.moments)
     parts = options.parts(trained if shares is None else shares.parameters)
     guards = {loss: start.guards.get(loss, Guard()) for loss in parts}
+    before = passes[0] * options.steps
     last_save = f"step {start.position.step}" if start.position.step else "the start of the stage"
     with StopSignals() as signals:
-        for step in range(start.position.step, options.steps):
+        for step in range(start.position.step - before, options.steps):
             began = time.perf_counter()
             torch.manual_seed(seed_of(run.seed, stage, step, run.accelerator.process_index))
             found = gradients(run, options, micro_step, trained, blocks.batch(step), signals.asked)
             norms = norms_of(parts, run.accelerator.device, shares is not None)
-            where = f"stage {stage + 1} ({name}), step {step + 1}"
+            where = f"stage {stage + 1} ({name}), step {before + step + 1}"
             skipped = 0
             for (loss, part), norm in zip(parts.items(), norms, strict=True):
                 taken = judge(
@@ -238,15 +242,15 @@ def train(
                 group["lr"] = group["full_lr"] * options.rate(step)
             optimizer.step()
             optimizer.zero_grad()
-            done = step + 1
+            done = before + step + 1
             row = {
                 "stage": stage + 1, "name": name, "step": done, "tokens": done * options.step_tokens, **found.losses,
                 "lr": options.lr * options.rate(step), "grad_norm": norms.norm().item(),
                 **({"skipped": skipped} if skipped else {}),
                 "tokens_per_s": options.step_tokens / (time.perf_counter() - began),
             }  # fmt: skip
-            _report(run, row, options)
-            if (done % options.save_steps == 0 and done < options.steps) or found.stop:
+            _report(run, row, passes[1] * options.steps * options.step_tokens)
+            if ((step + 1) % options.save_steps == 0 and step + 1 < options.steps) or found.stop:
                 last_save = f"step {done}"
                 moments = moments_of(trained, optimizer)
                 weights = {name: p.detach() for name, p in trained.items()}
@@ -258,8 +262,8 @@ def train(
                 signals.leave(found.stop, where)
 
 
-def _report(run: Run, row: dict[str, Any], options: StageOptions) -> None:
-    log.debug("%s step %d of %d: loss %.6g", row["name"], row["step"], options.steps, row["loss"])
+def _report(run: Run, row: dict[str, Any], tokens: int) -> None:
+    log.debug("%s step %d: loss %.6g", row["name"], row["step"], row["loss"])
     # NaN is no JSON, and no tracker draws it.
     row = {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in row.items()}
     if run.metrics is not None:
@@ -267,7 +271,7 @@ def _report(run: Run, row: dict[str, Any], options: StageOptions) -> None:
     numbers = {key: value for key, value in row.items() if isinstance(value, (int, float))}
     run.accelerator.log(numbers, step=row["step"])
     if run.progress is not None and run.accelerator.is_main_process:
-        run.progress(f"distill {row['name']}", row["tokens"], options.steps * options.step_tokens)
+        run.progress(f"distill {row['name']}", row["tokens"], tokens)
 
 
 def fork_random(device: torch.device) -> Any:

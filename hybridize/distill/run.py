@@ -18,7 +18,8 @@ from hybridize.checkpoint import load_model, open_checkpoint, save_changed
 from hybridize.core import digest
 from hybridize.data import Mixture, Sources, Tokens, read_tokens
 from hybridize.distill.adapters import Lora, inject, is_adapter, merged, targeted, watched
-from hybridize.distill.job import Job, blocks_of, measure_recall, read_examples, source_of, wanted, with_weights
+from hybridize.distill.disk import DiskStage, disk_folder, on_disk, reached
+from hybridize.distill.job import Job, blocks_of, check_sizes, measure_recall, read_examples, source_of, wanted, with_weights
 from hybridize.distill.layers import share_layers
 from hybridize.distill.loop import Metrics, Progress, Run, fork_random, seed_of, train
 from hybridize.distill.posttrain import PostTraining, Recall, recall_records, restore_qk, start_weights
@@ -28,6 +29,7 @@ from hybridize.distill.sharding import asked_to_shard, check_divisible, load_sha
 from hybridize.distill.stages import STAGES
 from hybridize.errors import ConfigError
 from hybridize.lineage import is_complete, read_lineage
+from hybridize.shards import OnDemand
 from hybridize.storage import Staging, partial_folder
 
 log = logging.getLogger(__name__)
@@ -87,6 +89,11 @@ def distill(
     lineage = read_lineage(student_dir)
     teacher_dir = teacher_of(student_dir, teacher)
     accelerator = _accelerator(tracker, out)
+    if (shard or accelerator.num_processes > 1) and any(on_disk(options) for _, options in built):
+        how = "--shard" if shard else f"{accelerator.num_processes} processes"
+        raise ConfigError(
+            f"stage 'align': engine is disk with {how}, expected one process that divides nothing; use engine: memory"
+        )
     tokens = None
     if isinstance(text, (Tokens, Mixture)):
         tokens = text
@@ -175,20 +182,46 @@ def _train_all(accelerator: Accelerator, job: Job, seed: int, progress: Progress
     accelerator.wait_for_everyone()
     state = _read_state(job.scratch, shard) or State(position=Position(stage=0, step=0), weights={}, moments={})
     accelerator.wait_for_everyone()
-    log_file = Metrics(metrics_path(job.out), state.position) if accelerator.is_main_process else contextlib.nullcontext()
+    log_file = contextlib.nullcontext()
+    if accelerator.is_main_process:
+        at = state.position.stage
+        done = reached(job.scratch, state.position, job.stages[at][1] if at < len(job.stages) else None)
+        log_file = Metrics(metrics_path(job.out), done)
     with log_file as metrics, fork_random(accelerator.device):
         run = Run(accelerator=accelerator, seed=seed, scratch=job.scratch, metrics=metrics, progress=progress, mesh=mesh)
         for index in range(len(job.stages)):
             if index == state.position.stage:
-                weights = _train_stage(run, job, index, state)
                 position = Position(stage=index + 1, step=0)
+                if on_disk(job.stages[index][1]):
+                    state = _train_on_disk(run, job, index, state)
+                    continue
+                weights = _train_stage(run, job, index, state)
                 run.save(position, {}, weights, {})
                 state = State(position=position, weights={} if shard else weights, moments={})
+                del weights
     if not shard:
         return state
     folder = latest_folder(job.scratch)
     assert folder is not None
     return read_whole(folder) if accelerator.is_main_process else None
+
+
+def _train_on_disk(run: Run, job: Job, index: int, state: State) -> State:
+    """As _train_stage, and the state after it: weights go from file to file, and none stays in memory."""
+    if state.weights and not isinstance(state.weights, OnDemand):
+        state = _through_file(run, state.position, state.weights)
+    before = state.weights if isinstance(state.weights, OnDemand) else OnDemand({})
+    state = _through_file(run, Position(stage=index + 1, step=0), DiskStage(run, job, index, before).train())
+    shutil.rmtree(disk_folder(run.scratch, index))
+    return state
+
+
+def _through_file(run: Run, position: Position, weights: Mapping[str, Tensor]) -> State:
+    """Save a state, and read it as one whose weights lie in its file."""
+    run.save(position, {}, weights, {})
+    state = read_latest_state(run.scratch)
+    assert state is not None
+    return state
 
 
 def _read_state(scratch: Path, shard: bool) -> State | None:
@@ -284,12 +317,8 @@ def load_pair(
     dtype = torch.float32 if options.dtype == "fp32" else None
     student = load_model(student_dir, dtype)
     teacher: Any = load_model(teacher_dir, dtype) if options.needs_teacher else None
-    sizes = ("hidden_size", "num_hidden_layers", "vocab_size") if name == "align" else ("vocab_size",)
-    for size in sizes:
-        own = getattr(student.config, size)
-        other = own if teacher is None else getattr(teacher.config, size)
-        if own != other:
-            raise ConfigError(f"stage {name!r}: {size} is {own} in {student_dir} and {other} in {teacher_dir}, expected equal")
+    if teacher is not None:
+        check_sizes(name, student.config, teacher.config, (student_dir, teacher_dir))
     with_weights(student, {key: weight for key, weight in weights.items() if not is_adapter(key)}).requires_grad_(False)
     candidates = options.candidates(student)
     trained = options.choose(candidates, name)
