@@ -161,58 +161,24 @@ class LargeFile:
             self._buffer.close()
 
 
-class RowFile:
-    """Rows of equal size, written and read by their number, in one file that grows. A context manager.
+def open_anywhere(path: Path) -> int:
+    """A handle on a file that is read and written at any place, made where it is missing: working files, never an output."""
+    with disk_errors(path):
+        return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
 
-    Args:
-        path: the file; made where it is missing.
-        row_bytes: size of a row.
-    """
 
-    def __init__(self, path: Path, row_bytes: int):
-        self.path, self.row_bytes = path, row_bytes
-        with disk_errors(path):
-            self._handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-
-    def write(self, row: int, data: memoryview) -> None:
-        """Put whole rows from number `row` on. Raises ConfigError when the disk is full."""
-        offset = row * self.row_bytes
-        with disk_errors(self.path):
-            while len(data):
-                count = os.pwrite(self._handle, data, offset)
-                data, offset = data[count:], offset + count
-
-    def read(self, row: int, data: memoryview) -> None:
-        """Fill `data` with whole rows from number `row` on. Raises ConfigError when they are not there."""
-        offset = row * self.row_bytes
+def write_at(path: Path, handle: int, data: memoryview, offset: int) -> None:
+    """Put bytes where they belong in a file opened with `open_anywhere`. Raises ConfigError when the disk is full."""
+    with disk_errors(path):
         while len(data):
-            count = os.preadv(self._handle, [data], offset)
-            if count == 0:
-                raise ConfigError(f"{self.path}: ends in row {offset // self.row_bytes}, more were written: it was cut. {_ANEW}")
+            count = os.pwrite(handle, data, offset)
             data, offset = data[count:], offset + count
 
-    def require(self, rows: int) -> None:
-        """Raise ConfigError when there are fewer rows."""
-        if (size := os.fstat(self._handle).st_size) < rows * self.row_bytes:
-            raise ConfigError(f"{self.path}: has {size} bytes, expected {rows * self.row_bytes}: it was cut or removed. {_ANEW}")
 
-    def sync(self) -> None:
-        """Put on disk what was written."""
-        with disk_errors(self.path):
-            os.fsync(self._handle)
-
-    def close(self) -> None:
-        """Let the file go; what was written may not be on disk yet."""
-        os.close(self._handle)
-
-    def __enter__(self) -> "RowFile":
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.close()
-
-
-_ANEW = "Remove the unfinished run beside the output and start it again"
+def flush(path: Path, handle: int) -> None:
+    """Put on disk what was written."""
+    with disk_errors(path):
+        os.fsync(handle)
 
 
 def rename(old: Path, new: Path) -> None:

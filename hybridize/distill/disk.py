@@ -12,7 +12,7 @@ done; layer-<layer>.safetensors, trained; and states of the layer at work. A str
 import copy
 import logging
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -30,74 +30,12 @@ from hybridize.distill.loop import Run, seed_of, train
 from hybridize.distill.options import autocast
 from hybridize.distill.saves import Position, State, read_latest_state, weights_in, write_tensors
 from hybridize.distill.sharding import empty_model, fill
+from hybridize.distill.streams import Rows, disk_folder, readers_of, scratch_bytes
 from hybridize.errors import ConfigError
-from hybridize.shards import OnDemand, TensorInfo, tensor_bytes
-from hybridize.storage import RowFile, rename, require_space
+from hybridize.shards import OnDemand, TensorInfo
+from hybridize.storage import rename, require_space
 
 log = logging.getLogger(__name__)
-
-
-def on_disk(options: Any) -> bool:
-    """Whether a stage runs layer by layer from disk."""
-    return isinstance(options, Align) and options.engine == "disk"
-
-
-def disk_folder(scratch: Path, stage: int) -> Path:
-    """Where a stage keeps its streams, layers and states."""
-    return scratch / f"disk-{stage:02d}"
-
-
-def reached(scratch: Path, position: Position, options: Any) -> Position:
-    """How far a stage has come, by what lies in its folder; steps count over layers."""
-    folder = disk_folder(scratch, position.stage)
-    if not on_disk(options) or not folder.exists():
-        return position
-    state = read_latest_state(folder)
-    done = len(list(folder.glob("layer-*.safetensors"))) * options.steps
-    return replace(position, step=done if state is None else max(done, state.position.step))
-
-
-def readers_of(options: list[Any]) -> dict[int, int]:
-    """The last reader of each layer that is read, by the options of each layer's mixer."""
-    return {own.reads: index for index, own in enumerate(options) if getattr(own, "reads", None) is not None}
-
-
-def scratch_bytes(options: Align, config: Any, mixers: list[Any], trained: dict[int, int], itemsize: int) -> float:
-    """Bytes of files that a stage keeps at its most: two streams, memories, trained layers, states.
-
-    Args:
-        options: the stage's.
-        config: the student's.
-        mixers: the options of each layer's mixer.
-        trained: numbers that are trained, by layer.
-        itemsize: bytes of a number of the stream.
-    """
-    until = readers_of(mixers)
-    widths = {read: mixers[read].memory_width(config) for read in until}
-    widest = max((sum(widths[read] for read, last in until.items() if read <= at <= last) for at in until), default=0)
-    streams = options.steps * options.step_tokens * (2.0 * config.hidden_size * itemsize + 4.0 * widest)
-    # Every layer by itself and all together at the end, in fp32; and three states with moments, the third one in the making.
-    return streams + 8.0 * sum(trained.values()) + 3 * 12.0 * max(trained.values())
-
-
-class Rows:
-    """A tensor [rows, T, D] in a file, a few rows of it in memory."""
-
-    def __init__(self, path: Path, tokens: int, width: int, dtype: torch.dtype):
-        self.shape, self.dtype = (tokens, width), dtype
-        self.file = RowFile(path, tokens * width * dtype.itemsize)
-
-    def read(self, row: int, count: int) -> Tensor:
-        """Rows from `row` on, [count, T, D]."""
-        rows = torch.empty(count, *self.shape, dtype=self.dtype)
-        self.file.read(row, tensor_bytes(rows))
-        return rows
-
-    def write(self, row: int, rows: Tensor) -> None:
-        """Put rows [n, T, D] from `row` on."""
-        assert rows.dtype == self.dtype, f"{self.file.path.name} holds {self.dtype}, the layer gave {rows.dtype}"
-        assert rows.shape[1:] == self.shape
-        self.file.write(row, tensor_bytes(rows))
 
 
 class Through(nn.Module):
@@ -229,9 +167,8 @@ class DiskStage:
         """The file of what a layer leaves, of a dtype that its first row had."""
         if layer not in self.memories:
             if dtype is None:
-                (path,) = self.folder.glob(f"memory-{layer:05d}.*")
-                dtype = getattr(torch, path.suffix[1:])
-                assert dtype is not None
+                known = [path.suffix for path in self.folder.glob(f"memory-{layer:05d}.*")]
+                dtype = torch.bfloat16 if known == [".bfloat16"] else torch.float32
             path = self.folder / f"memory-{layer:05d}.{str(dtype).removeprefix('torch.')}"
             width = self.student.model.mixer_options[layer].memory_width(self.student.config)
             self.memories[layer] = Rows(path, self.options.seq_tokens, width, dtype)
@@ -241,7 +178,7 @@ class DiskStage:
         """Put on disk what a state counts on."""
         for rows in (self.above, *self.memories.values()):
             if rows is not None:
-                rows.file.sync()
+                rows.sync()
 
     def train(self) -> OnDemand:
         """Train what is left; every weight trained so far, in files.
@@ -266,9 +203,7 @@ class DiskStage:
 
     def _embed(self) -> None:
         table = self.opened[1].read("model.embed_tokens.weight")
-        path = self._partial(0)
-        rows = self._open(path)
-        with rows.file:
+        with closing(self._open(self._partial(0))) as rows:
             for row, part in self._parts():
                 rows.write(row, table[part.ids].to(self.dtype))
             self._publish(rows, 0)
@@ -277,9 +212,9 @@ class DiskStage:
         return self._stream(layer).with_suffix(".partial")
 
     def _publish(self, rows: Rows, layer: int) -> None:
-        rows.file.require(self.rows)
-        rows.file.sync()
-        rename(rows.file.path, self._stream(layer))
+        rows.require(self.rows)
+        rows.sync()
+        rename(rows.path, self._stream(layer))
 
     def _parts(self) -> Iterator[tuple[int, Batch]]:
         """All micro-batches of the stage, with the number of the first row of each."""
@@ -295,13 +230,11 @@ class DiskStage:
     def _work(self, layer: int, last: int) -> None:
         """Run one layer over all rows, training it where it learns; its stream is there afterwards, the one below is not."""
         with ExitStack() as stack:
-            self.below = self._open(self._stream(layer))
-            stack.enter_context(self.below.file)
-            self.below.file.require(self.rows)
+            self.below = stack.enter_context(closing(self._open(self._stream(layer))))
+            self.below.require(self.rows)
             self.above = None
             if layer < last:
-                self.above = self._open(self._partial(layer + 1))
-                stack.enter_context(self.above.file)
+                self.above = stack.enter_context(closing(self._open(self._partial(layer + 1))))
             if layer in self.learning:
                 if not self._layer(layer).exists():
                     self._train(layer)
@@ -313,7 +246,7 @@ class DiskStage:
                 self._load(self.teacher, layer)
                 self._pass(self._follow(layer))
             for rows in self.memories.values():
-                rows.file.close()
+                rows.close()
             self.memories.clear()
             if self.above is not None:
                 self._publish(self.above, layer + 1)
@@ -367,23 +300,15 @@ class DiskStage:
         with_weights(self.student, dict(state.weights))
         trained = {name: p for name, p in self.student.named_parameters() if p.requires_grad and name.startswith(_prefix(layer))}
         if done:
-            for rows in (self.above, *([self._left(layer)] if layer in self.until else [])):
+            for rows in (self.above, *([self.memory(layer)] if layer in self.until else [])):
                 if rows is not None:
-                    rows.file.require(done)
+                    rows.require(done)
         run = replace(self.run, scratch=self.folder, before_save=self.sync)
         passes = (number, len(self.learning))
         train(run, self.index, self.name, self.options, step, trained, {}, self.blocks, state, passes=passes)
         self.sync()
         weights = {name: p.detach() for name, p in trained.items()}
         write_tensors(self._layer(layer), weights, {}, f"stage {self.index + 1}, layer {layer}")
-
-    def _left(self, layer: int) -> Rows:
-        """What a layer left before it was stopped. Raises ConfigError when that is gone."""
-        if not list(self.folder.glob(f"memory-{layer:05d}.*")):
-            raise ConfigError(
-                f"{self.folder}: memory-{layer:05d} is gone. Remove the unfinished run beside the output, start again"
-            )
-        return self.memory(layer)
 
 
 def _prefix(layer: int) -> str:

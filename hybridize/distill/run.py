@@ -18,7 +18,7 @@ from hybridize.checkpoint import load_model, open_checkpoint, save_changed
 from hybridize.core import digest
 from hybridize.data import Mixture, Sources, Tokens, read_tokens
 from hybridize.distill.adapters import Lora, inject, is_adapter, merged, targeted, watched
-from hybridize.distill.disk import DiskStage, disk_folder, on_disk, reached
+from hybridize.distill.disk import DiskStage
 from hybridize.distill.job import Job, blocks_of, check_sizes, measure_recall, read_examples, source_of, wanted, with_weights
 from hybridize.distill.layers import share_layers
 from hybridize.distill.loop import Metrics, Progress, Run, fork_random, seed_of, train
@@ -27,6 +27,7 @@ from hybridize.distill.saves import Position, State, read_latest_state
 from hybridize.distill.sharded_saves import latest_folder, names_of, read_about, read_into, read_whole
 from hybridize.distill.sharding import asked_to_shard, check_divisible, load_sharded_pair, make_mesh
 from hybridize.distill.stages import STAGES
+from hybridize.distill.streams import disk_folder, on_disk, reached
 from hybridize.errors import ConfigError
 from hybridize.lineage import is_complete, read_lineage
 from hybridize.shards import OnDemand
