@@ -86,13 +86,13 @@ class _LastLayerSeen(Exception):
 
 
 def visit_layers(
-    model: Any, input_ids: Tensor, layers: Iterable[int], visit: Callable[[LayerSignals], None], **inputs: Any
+    model: Any, input_ids: Tensor | None, layers: Iterable[int], visit: Callable[[LayerSignals], None], **inputs: Any
 ) -> None:
     """Run the decoder without gradients and hand over each wanted layer's signals, in order; stop after the last one.
 
     Args:
         model: a causal LM of a supported family, hybrid or not.
-        input_ids: [B, T], int64.
+        input_ids: [B, T], int64; None where `inputs_embeds` is among the inputs.
         layers: indices of the wanted layers; none does nothing.
         visit: called once for each of them, while the model is on that layer.
         **inputs: further arguments of the decoder, such as attention_mask.

@@ -8,7 +8,7 @@ import dataclasses
 import hashlib
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,11 +25,13 @@ from hybridize.shards import (
     Shard,
     TensorInfo,
     index_of,
+    new_buffer,
     parse_json,
     plan_shards,
     read_header,
     read_rows,
     read_tensor,
+    stream_tensor,
     tensor_bytes,
     write_shard,
 )
@@ -296,26 +298,57 @@ def save_checkpoint(model: Any, tokenizer_dir: Path | str, staging: Staging, lin
         CheckpointError: a weight is not finite.
         ConfigError: the disk is full.
     """
-    config = model.config
-    state = dict(model.state_dict())
-    if config.tie_word_embeddings:
-        state.pop("lm_head.weight", None)
+    state = model.state_dict()
+    shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    _save(model.config, shapes, lambda name: [state[name].detach()], Path(tokenizer_dir), staging, lineage)
+
+
+def save_changed(found: Checkpoint, weights: Mapping[str, Tensor], staging: Staging, lineage: dict[str, Any]) -> None:
+    """As save_checkpoint, of a directory with some of its tensors replaced; in memory are a few MB, or one replaced tensor.
+
+    Args:
+        found: the directory; config, companions and all other tensors are its.
+        weights: the new values by name, any dtype.
+        staging: where.
+        lineage: as write_lineage takes it.
+    """
+    assert weights.keys() <= found.shapes.keys(), "a weight that the checkpoint does not have"
+    buffer = new_buffer()
+
+    def values(name: str) -> Iterator[Tensor]:
+        if name in weights:
+            yield weights[name]
+            return
+        info = found.tensors[found.stored_name(name)]
+        for piece in stream_tensor(info, buffer):
+            yield torch.frombuffer(piece, dtype=info.dtype)
+
+    _save(found.config, found.shapes, values, found.path, staging, lineage)
+
+
+def _save(
+    config: Any, shapes: dict[str, tuple[int, ...]], values: Callable[[str], Iterable[Tensor]], source: Path, staging: Staging,
+    lineage: dict[str, Any],
+) -> None:  # fmt: skip
+    """Write a directory of tensors whose values come in pieces, in order."""
     dtype = config.dtype or torch.float32
     planned = [
-        Planned(name=name, dtype=stored_dtype(name, dtype), shape=tuple(tensor.shape), group=group_of(name))
-        for name, tensor in state.items()
+        Planned(name=name, dtype=stored_dtype(name, dtype), shape=shape, group=group_of(name))
+        for name, shape in shapes.items()
+        if not (config.tie_word_embeddings and name == "lm_head.weight")
     ]
     shards = plan_shards(planned)
     require_space(staging.folder, sum(shard.nbytes for shard in shards))
 
     def pieces(tensor: Planned) -> Iterator[memoryview]:
-        value = state[tensor.name].detach().to(tensor.dtype)
-        if not is_finite(value):
-            raise CheckpointError(f"{staging.out}: {tensor.name} holds a value that is not finite; nothing was saved")
-        yield tensor_bytes(value)
+        for value in values(tensor.name):
+            value = value.to(tensor.dtype)
+            if not is_finite(value):
+                raise CheckpointError(f"{staging.out}: {tensor.name} holds a value that is not finite; nothing was saved")
+            yield tensor_bytes(value)
 
     records = {shard.name: write_shard(staging.folder, shard, pieces) for shard in shards}
-    finish_directory(staging, config, shards, records, Path(tokenizer_dir), lineage)
+    finish_directory(staging, config, shards, records, source, lineage)
 
 
 def is_finite(tensor: Tensor) -> bool:

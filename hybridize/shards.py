@@ -12,7 +12,7 @@ import logging
 import math
 import os
 import stat
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -173,6 +173,25 @@ def read_tensor(info: TensorInfo) -> Tensor:
     finally:
         os.close(handle)
     return raw.view(info.dtype).view(info.shape)
+
+
+class OnDemand(Mapping):
+    """Tensors by name, each read when it is asked for and not kept: they need not be in memory at once."""
+
+    def __init__(self, places: dict[str, TensorInfo]):
+        self.places = places
+
+    def __getitem__(self, name: str) -> Tensor:
+        return read_tensor(self.places[name])
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.places
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.places)
+
+    def __len__(self) -> int:
+        return len(self.places)
 
 
 def read_rows(info: TensorInfo, start: int, stop: int) -> Tensor:

@@ -161,6 +161,33 @@ class LargeFile:
             self._buffer.close()
 
 
+def open_anywhere(path: Path) -> int:
+    """A handle on a file that is read and written at any place, made where it is missing: working files, never an output."""
+    with disk_errors(path):
+        return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+
+
+def write_at(path: Path, handle: int, data: memoryview, offset: int) -> None:
+    """Put bytes where they belong in a file opened with `open_anywhere`. Raises ConfigError when the disk is full."""
+    with disk_errors(path):
+        while len(data):
+            count = os.pwrite(handle, data, offset)
+            data, offset = data[count:], offset + count
+
+
+def flush(path: Path, handle: int) -> None:
+    """Put on disk what was written."""
+    with disk_errors(path):
+        os.fsync(handle)
+
+
+def rename(old: Path, new: Path) -> None:
+    """Give a file, on disk by now, another name in the same folder."""
+    with disk_errors(new):
+        os.replace(old, new)
+        sync_folder(new.parent)
+
+
 def append_stream(path: Path) -> IO[str]:
     """A text file open for appending: logs, which nobody takes for whole."""
     with disk_errors(path):

@@ -8,14 +8,14 @@ from torch import Tensor
 
 from hybridize.checkpoint import Checkpoint, group_of, open_base, skeleton, stored_dtype
 from hybridize.conversions.keep import Keep
-from hybridize.conversions.layer import LayerCounts, OnDemand, checked_outputs, convert_layer, layer_generator
+from hybridize.conversions.layer import LayerCounts, checked_outputs, convert_layer, layer_generator
 from hybridize.conversions.plan import build_mixer
 from hybridize.conversions.table import CONVERSIONS
 from hybridize.core import Plan
 from hybridize.errors import CheckpointError
 from hybridize.mixers import MIXERS
 from hybridize.modeling import hybrid_config
-from hybridize.shards import Planned, new_buffer, plan_shards, read_header, read_tensor, stream_tensor, tensor_bytes
+from hybridize.shards import OnDemand, Planned, new_buffer, plan_shards, read_header, read_tensor, stream_tensor, tensor_bytes
 
 
 class Job:

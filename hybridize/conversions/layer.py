@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from hybridize.checkpoint import is_finite, stored_dtype
 from hybridize.errors import CheckpointError
-from hybridize.shards import TensorInfo, read_tensor
 
 
 class Watched(Mapping):
@@ -34,25 +33,6 @@ class Watched(Mapping):
 
     def __len__(self) -> int:
         return len(self.source)
-
-
-class OnDemand(Mapping):
-    """Tensors by name, each read when it is asked for and not kept: a layer's source need not be in memory at once."""
-
-    def __init__(self, places: dict[str, TensorInfo]):
-        self.places = places
-
-    def __getitem__(self, name: str) -> Tensor:
-        return read_tensor(self.places[name])
-
-    def __contains__(self, name: object) -> bool:
-        return name in self.places
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.places)
-
-    def __len__(self) -> int:
-        return len(self.places)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -35,15 +35,32 @@ class Align(StageOptions):
     parallel: Literal["data", "layers"] = "data"
     """What several processes share out: a step's rows, or the layers. With `layers` each sees all rows, runs the teacher and
     trains its own layers: no gradient is exchanged, and gradients and moments are divided."""
+    engine: Literal["memory", "disk"] = "memory"
+    """Where the teacher's stream lies between layers. `memory`: whole models, all layers in each step. `disk`: one layer in
+    memory, trained to its end before the next one comes, and the stream of all tokens in files; the same numbers."""
     losses: list[dict[str, Any]] = field(
         default_factory=lambda: [{"name": "mixer_output", "weight": 1.0}, {"name": "hidden_state", "weight": 1.0}]
     )
 
     TRAINS: ClassVar[list[str]] = ["*.self_attn.*"]
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.engine == "disk" and self.parallel == "layers":
+            raise ConfigError("engine is disk and parallel layers, expected one of the two: disk trains in one process")
+        if self.engine == "disk" and self.lora is not None:
+            raise ConfigError("engine is disk and lora is given, expected one of the two: a layer's own weights fit beside it")
+
     @property
     def by_layers(self) -> bool:
         return self.parallel == "layers" and dist.is_initialized() and dist.get_world_size() > 1
+
+    def parts(self, trained: dict[str, nn.Parameter]) -> dict[str, dict[str, nn.Parameter]]:
+        """Each layer is a problem of its own: no layer's gradient shortens or stops another's step."""
+        found: dict[str, dict[str, nn.Parameter]] = {}
+        for name, parameter in trained.items():
+            found.setdefault(f"layer.{name.split('.')[2]}", {})[name] = parameter
+        return found
 
     def candidates(self, student: Any) -> dict[str, nn.Parameter]:
         """Only parameters of converted mixers can be trained here."""
@@ -76,11 +93,11 @@ def own_layers(student: Any, rank: int, world: int) -> list[int]:
 class AlignStep:
     """One micro-batch of alignment: forward, loss and backward, layer by layer."""
 
-    def __init__(self, options: Align, student: Any, teacher: Any, first: Batch):
+    def __init__(self, options: Align, student: Any, teacher: Any, first: Batch, layers: list[int] | None = None):
         self.options, self.student, self.teacher = options, student, teacher
         self.losses = options.build_losses({"mixed", "hidden", "context", "matrix", "heads"}, "align")
         self.needs = frozenset().union(*(loss.needs for loss in self.losses.values()))
-        self.layers = self.own = aligned_layers(student)
+        self.layers = self.own = layers or aligned_layers(student)
         if options.by_layers:
             self.own = own_layers(student, dist.get_rank(), dist.get_world_size())
         self.scales: dict[int, dict[str, Any]] = {}
@@ -89,9 +106,18 @@ class AlignStep:
                 "stage 'align': documents is reset, and a loss compares matrices over whole rows; expected documents: joined"
             )
         with autocast(first.ids.device, options):
-            visit_layers(teacher, layers=self.own, visit=partial(self._measure, self._extra(first)), **first.inputs())
+            visit_layers(teacher, layers=self.own, visit=partial(self._measure, self._extra(first)), **self._inputs(first))
         if options.gradient_checkpointing:
             raise ConfigError("stage 'align': gradient_checkpointing is true, expected false: one layer's graph is all it keeps")
+
+    def _inputs(self, batch: Batch) -> dict[str, Any]:
+        """What the teacher's decoder gets."""
+        return batch.inputs()
+
+    def _finish(self, signals: LayerSignals, extra: dict[str, Any]) -> None:
+        """Called with each layer once it is differentiated."""
+        if "memories" in extra:
+            extra["memories"].detach()
 
     def _extra(self, batch: Batch) -> dict[str, Any]:
         """What mixers get beside input, angles and mask: places in documents, and where memories are left, if one is read.
@@ -195,12 +221,11 @@ class AlignStep:
                     parts[name] = parts[name] + value.detach() / len(self.layers)
             # A layer of which nothing is trained has a loss, but nothing to learn.
             if total.requires_grad:
-                total.backward(torch.full_like(total, share / len(self.layers)))
-            if "memories" in extra:
-                extra["memories"].detach()
+                total.backward(torch.full_like(total, share))
+            self._finish(signals, extra)
             parts[f"layer.{signals.index}"] = total.detach()
 
         with autocast(device, self.options):
-            visit_layers(self.teacher, layers=self.own, visit=visit, **batch.inputs())
+            visit_layers(self.teacher, layers=self.own, visit=visit, **self._inputs(batch))
         parts["loss"] = torch.stack([parts[f"layer.{index}"] for index in self.layers]).mean()
         return parts

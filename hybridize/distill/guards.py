@@ -66,23 +66,15 @@ def _own(grad: Tensor) -> Tensor:
     return grad.to_local() if isinstance(grad, DTensor) else grad
 
 
-def broken(losses: dict[str, float], norm: float, gradients: dict[str, Tensor]) -> str | None:
-    """Which loss (of a layer, if there is one) or gradient is not finite, or None."""
-    names = [name for name, value in losses.items() if not math.isfinite(value)]
-    if names:
-        name = next((name for name in names if name.startswith("layer.")), names[0])
-        return f"the loss {name!r} is {losses[name]}, expected a number"
+def broken(name: str, losses: dict[str, float], norm: float, gradients: dict[str, Tensor]) -> str | None:
+    """Which of the losses or gradients that `name` comes with is not finite, or None."""
+    if gone := [own for own, value in losses.items() if not math.isfinite(value)]:
+        return f"the loss {gone[0]!r} is {losses[gone[0]]}, expected a number"
     if math.isfinite(norm):
         return None
-    gone = next((name for name, grad in gradients.items() if not bool(torch.isfinite(_own(grad)).all())), None)
-    where = "some gradient of another process" if gone is None else f"the gradient of {gone}"
-    return f"{where} is not finite, its loss is {losses['loss']:.6g}"
-
-
-def worst(losses: dict[str, float]) -> str:
-    """The name of the layer with the largest loss, or `loss` where layers have none of their own."""
-    layers = [name for name in losses if name.startswith("layer.")]
-    return max(layers, key=lambda name: losses[name]) if layers else "loss"
+    at = next((key for key, grad in gradients.items() if not bool(torch.isfinite(_own(grad)).all())), None)
+    where = "some gradient of another process" if at is None else f"the gradient of {at}"
+    return f"{where} is not finite, its loss {name!r} is {losses[name]:.6g}"
 
 
 def worst_rows(row_losses: list[float], rows: int) -> str:
@@ -102,25 +94,27 @@ def worst_rows(row_losses: list[float], rows: int) -> str:
 
 
 def judge(
-    guard: Guard, on_spike: OnSpike, losses: dict[str, float], rows: str, norm: float, gradients: dict[str, Tensor], where: str
-) -> bool:
-    """Whether a step may change the weights.
+    guard: Guard, on_spike: OnSpike, name: str, losses: dict[str, float], rows: str, norm: float, gradients: dict[str, Tensor],
+    where: str,
+) -> bool:  # fmt: skip
+    """Whether a step may change the weights of what learns from one loss.
 
     Args:
         guard: the losses before it; left as it is but for the count of steps left out.
         on_spike: `stop`, `skip`, or `ignore`, which takes finite spikes and stops at what is not finite.
-        losses: of the step, `loss` and maybe `layer.<index>` among them.
+        name: of the loss, `loss` or `layer.<index>`.
+        losses: of the step, that one and maybe its parts among them.
         rows: the batch's rows that stand out, for messages.
-        norm: of the whole gradient.
+        norm: of its gradient.
         gradients: by parameter.
         where: stage, step and last saved state, for messages.
 
     Raises:
         TrainingError: it is not finite or a spike, and that is to stop the run; or too many were left out in a row.
     """
-    wrong, finite = broken(losses, norm, gradients), False
-    if wrong is None and (spike := guard.spike(losses["loss"])) is not None:
-        wrong, finite = f"the loss {spike}, most of it in {worst(losses)!r}", True
+    wrong, finite = broken(name, losses, norm, gradients), False
+    if wrong is None and (spike := guard.spike(losses[name])) is not None:
+        wrong, finite = f"the loss {name!r} {spike}", True
     if wrong is None:
         return True
     if finite and on_spike == "ignore":
@@ -135,7 +129,7 @@ def judge(
             f"{where}: {wrong} ({rows}), after {MOST_SKIPPED} steps were left out in a row: no spike, the run has gone wrong. "
             "Lower the learning rate"
         )
-    log.warning("%s: %s (%s); this step changes nothing", where, wrong, rows)
+    log.warning("%s: %s (%s); this step changes nothing there", where, wrong, rows)
     return False
 
 

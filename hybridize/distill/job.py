@@ -169,6 +169,21 @@ def tensors_of(model: Any) -> dict[str, Tensor]:
     return dict(model.named_parameters()) | dict(model.named_buffers())
 
 
+def check_sizes(name: str, student: Any, teacher: Any, folders: tuple[Path, Path]) -> None:
+    """Raise ConfigError when student and teacher cannot be compared.
+
+    Args:
+        name: the stage's.
+        student: its config.
+        teacher: the teacher's.
+        folders: of both, for messages.
+    """
+    for size in ("hidden_size", "num_hidden_layers", "vocab_size") if name == "align" else ("vocab_size",):
+        own, other = getattr(student, size), getattr(teacher, size)
+        if own != other:
+            raise ConfigError(f"stage {name!r}: {size} is {own} in {folders[0]} and {other} in {folders[1]}, expected equal")
+
+
 def filled(model: Any, weights: dict[str, Tensor]) -> Any:
     """A model with the values of some of its tensors replaced, in its own dtypes: what a directory of it would hold."""
     tensors = tensors_of(model)
@@ -183,5 +198,5 @@ def with_weights(model: Any, weights: dict[str, Tensor]) -> Any:
     tensors = tensors_of(model)
     with torch.no_grad():
         for key, weight in weights.items():
-            tensors[key].data = weight.clone()
+            tensors[key].data = weight.to(tensors[key].device, copy=True)
     return model

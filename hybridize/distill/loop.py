@@ -10,7 +10,7 @@ import json
 import logging
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -85,14 +85,19 @@ class Run:
     mesh: DeviceMesh | None = None
     """The processes that weights are divided over; None where each holds them whole."""
 
+    before_save: Callable[[], None] | None = None
+    """Puts on disk what a state counts on, before it is written."""
+
     def save(
-        self, position: Position, guard: Guard, weights: dict[str, Tensor], moments: dict[str, dict[str, Tensor]]
+        self, position: Position, guards: dict[str, Guard], weights: Mapping[str, Tensor], moments: dict[str, dict[str, Tensor]]
     ) -> None:  # fmt: skip
         """Write a training state; called by all processes."""
+        if self.before_save is not None:
+            self.before_save()
         if self.mesh is not None:
-            write_sharded(self.accelerator, self.scratch, position, guard, weights, moments)
+            write_sharded(self.accelerator, self.scratch, position, guards, dict(weights), moments)
         elif self.accelerator.is_main_process:
-            write_state(self.scratch, State(position=position, weights=weights, moments=moments, guard=guard))
+            write_state(self.scratch, State(position=position, weights=weights, moments=moments, guards=guards))
 
 
 def seed_of(*parts: int) -> int:
@@ -158,9 +163,29 @@ def gradients(
     return StepLosses(losses=losses, by_row=found[len(sums) :], stop=int(signals.item()))
 
 
+def norms_of(parts: dict[str, dict[str, nn.Parameter]], device: torch.device, shared_out: bool) -> Tensor:
+    """The norm of each part's gradient, in order; the same on all processes.
+
+    Args:
+        parts: parameters by the loss they learn from.
+        device: of the result.
+        shared_out: whether processes have parts of their own, and gradients of those alone.
+    """
+    found = []
+    for part in parts.values():
+        norm = nn.utils.get_total_norm(p.grad for p in part.values() if p.grad is not None)
+        found.append((norm.full_tensor() if isinstance(norm, DTensor) else norm).to(device))
+    norms = torch.stack(found)
+    if shared_out:
+        # To judge and to log alike; each part is clipped by its own.
+        dist.all_reduce(norms)
+    return norms
+
+
 def train(
     run: Run, stage: int, name: str, options: StageOptions, micro_step: MicroStep, trained: dict[str, nn.Parameter],
     carried: dict[str, Tensor], blocks: TrainBlocks, start: State, shares: LayerShares | None = None,
+    passes: tuple[int, int] = (0, 1),
 ) -> None:  # fmt: skip
     """Run one stage from where `start` stands to its end, saving on the way; the weights are changed in place.
 
@@ -175,6 +200,8 @@ def train(
         blocks: the batches.
         start: where to begin.
         shares: who trains what where layers are shared out; `trained` is this process's own then.
+        passes: (which, of how many) through the stage's steps this is, where a stage takes them layer after layer; a position
+            counts the steps of all.
 
     Raises:
         TrainingError: a loss or gradient is not finite or a spike, and the stage is to stop at it; nothing was updated
@@ -183,54 +210,60 @@ def train(
     """
     optimizer = options.optimizer(trained)
     restore_moments(trained, optimizer, start.moments)
-    guard = start.guard
+    parts = options.parts(trained if shares is None else shares.parameters)
+    guards = {loss: start.guards.get(loss, Guard()) for loss in parts}
+    before = passes[0] * options.steps
     last_save = f"step {start.position.step}" if start.position.step else "the start of the stage"
     with StopSignals() as signals:
-        for step in range(start.position.step, options.steps):
+        for step in range(start.position.step - before, options.steps):
             began = time.perf_counter()
             torch.manual_seed(seed_of(run.seed, stage, step, run.accelerator.process_index))
             found = gradients(run, options, micro_step, trained, blocks.batch(step), signals.asked)
-            grads = {key: p.grad for key, p in trained.items() if p.grad is not None}
-            norm = nn.utils.get_total_norm(grads.values())
-            norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
-            if shares is not None:
-                square = norm.square()
-                dist.all_reduce(square)
-                norm = square.sqrt()
-            where = f"stage {stage + 1} ({name}), step {step + 1}"
-            taken = judge(
-                guard, options.on_spike, found.losses, worst_rows(found.by_row, options.rows), norm.item(), grads,
-                f"{where}, stopped before the update; last saved state: {last_save}",
-            )  # fmt: skip
-            if taken:
+            norms = norms_of(parts, run.accelerator.device, shares is not None)
+            where = f"stage {stage + 1} ({name}), step {before + step + 1}"
+            skipped = 0
+            for (loss, part), norm in zip(parts.items(), norms, strict=True):
+                taken = judge(
+                    guards[loss], options.on_spike, loss, found.losses if loss == "loss" else {loss: found.losses[loss]},
+                    worst_rows(found.by_row, options.rows), norm.item(),
+                    {key: p.grad for key, p in part.items() if p.grad is not None},
+                    f"{where}, stopped before the update; last saved state: {last_save}",
+                )  # fmt: skip
+                if not taken:
+                    # Without a gradient AdamW leaves weight, moments and count alone.
+                    skipped += 1
+                    for parameter in part.values():
+                        parameter.grad = None
+                    continue
                 if options.clip is not None:
-                    nn.utils.clip_grads_with_norm_(trained.values(), options.clip, norm)
-                for group in optimizer.param_groups:
-                    group["lr"] = group["full_lr"] * options.rate(step)
-                optimizer.step()
-                guard.taken(found.losses["loss"])
+                    nn.utils.clip_grads_with_norm_(part.values(), options.clip, norm)
+                guards[loss].taken(found.losses[loss])
+            for group in optimizer.param_groups:
+                group["lr"] = group["full_lr"] * options.rate(step)
+            optimizer.step()
             optimizer.zero_grad()
-            done = step + 1
+            done = before + step + 1
             row = {
                 "stage": stage + 1, "name": name, "step": done, "tokens": done * options.step_tokens, **found.losses,
-                "lr": options.lr * options.rate(step), "grad_norm": norm.item(), **({} if taken else {"skipped": 1}),
+                "lr": options.lr * options.rate(step), "grad_norm": norms.norm().item(),
+                **({"skipped": skipped} if skipped else {}),
                 "tokens_per_s": options.step_tokens / (time.perf_counter() - began),
             }  # fmt: skip
-            _report(run, row, options)
-            if (done % options.save_steps == 0 and done < options.steps) or found.stop:
+            _report(run, row, passes[1] * options.steps * options.step_tokens)
+            if ((step + 1) % options.save_steps == 0 and step + 1 < options.steps) or found.stop:
                 last_save = f"step {done}"
                 moments = moments_of(trained, optimizer)
                 weights = {name: p.detach() for name, p in trained.items()}
                 if shares is not None:
                     moments, weights = shares.moments(moments), shares.weights()
-                run.save(Position(stage=stage, step=done), guard, carried | weights, moments)
+                run.save(Position(stage=stage, step=done), guards, carried | weights, moments)
             if found.stop:
                 run.accelerator.wait_for_everyone()
                 signals.leave(found.stop, where)
 
 
-def _report(run: Run, row: dict[str, Any], options: StageOptions) -> None:
-    log.debug("%s step %d of %d: loss %.6g", row["name"], row["step"], options.steps, row["loss"])
+def _report(run: Run, row: dict[str, Any], tokens: int) -> None:
+    log.debug("%s step %d: loss %.6g", row["name"], row["step"], row["loss"])
     # NaN is no JSON, and no tracker draws it.
     row = {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in row.items()}
     if run.metrics is not None:
@@ -238,7 +271,7 @@ def _report(run: Run, row: dict[str, Any], options: StageOptions) -> None:
     numbers = {key: value for key, value in row.items() if isinstance(value, (int, float))}
     run.accelerator.log(numbers, step=row["step"])
     if run.progress is not None and run.accelerator.is_main_process:
-        run.progress(f"distill {row['name']}", row["tokens"], options.steps * options.step_tokens)
+        run.progress(f"distill {row['name']}", row["tokens"], tokens)
 
 
 def fork_random(device: torch.device) -> Any:

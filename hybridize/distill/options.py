@@ -101,6 +101,10 @@ class StageOptions:
         """Whether processes share out layers in place of rows."""
         return False
 
+    def parts(self, trained: dict[str, nn.Parameter]) -> dict[str, dict[str, nn.Parameter]]:
+        """What learns apart from the rest, by the name of its loss: each part is clipped and judged alone."""
+        return {"loss": trained}
+
     @property
     def step_rows(self) -> int:
         return self.rows * self.accumulate

@@ -102,9 +102,9 @@ def start_weights(scratch: Path, state: State, main: bool, wait: Callable[[], No
             folder.mkdir(exist_ok=True)
             write_state(folder, state)
         wait()
-        return state.weights
+        return dict(state.weights)
     found = read_latest_state(folder) if folder.exists() else None
-    return {} if found is None else found.weights
+    return {} if found is None else dict(found.weights)
 
 
 def query_key_names(config: Any, names: list[str]) -> list[str]:

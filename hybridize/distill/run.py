@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import logging
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +14,15 @@ from accelerate.utils import DistributedType
 from torch import Tensor, nn
 from transformers import AutoTokenizer
 
-from hybridize.checkpoint import load_model, open_checkpoint, save_checkpoint
+from hybridize.checkpoint import load_model, open_checkpoint, save_changed
 from hybridize.core import digest
 from hybridize.data import Mixture, Sources, Tokens, read_tokens
 from hybridize.distill.adapters import Lora, inject, is_adapter, merged, targeted, watched
-from hybridize.distill.guards import Guard
+from hybridize.distill.disk import DiskStage
 from hybridize.distill.job import (
     Job,
     blocks_of,
-    filled,
+    check_sizes,
     measure_recall,
     read_examples,
     source_of,
@@ -36,8 +37,10 @@ from hybridize.distill.saves import Position, State, read_latest_state
 from hybridize.distill.sharded_saves import latest_folder, names_of, read_about, read_into, read_whole
 from hybridize.distill.sharding import asked_to_shard, check_divisible, load_sharded_pair, make_mesh
 from hybridize.distill.stages import STAGES
+from hybridize.distill.streams import disk_folder, on_disk, reached
 from hybridize.errors import ConfigError
 from hybridize.lineage import is_complete, read_lineage
+from hybridize.shards import OnDemand
 from hybridize.storage import Staging, partial_folder
 
 log = logging.getLogger(__name__)
@@ -97,6 +100,11 @@ def distill(
     lineage = read_lineage(student_dir)
     teacher_dir = teacher_of(student_dir, teacher)
     accelerator = _accelerator(tracker, out)
+    if (shard or accelerator.num_processes > 1) and any(on_disk(options) for _, options in built):
+        how = "--shard" if shard else f"{accelerator.num_processes} processes"
+        raise ConfigError(
+            f"stage 'align': engine is disk with {how}, expected one process that divides nothing; use engine: memory"
+        )
     tokens = None
     if isinstance(text, (Tokens, Mixture)):
         tokens = text
@@ -130,7 +138,7 @@ def distill(
             carried["distill"] = [*lineage.get("distill", []), record]
             if found := recall_records(job.scratch, built):
                 carried["recall"] = [*lineage.get("recall", []), *found]
-            _write(student_dir, state.weights, staging, carried)
+            save_changed(open_checkpoint(student_dir), state.weights, staging, carried)
             staging.finish()
     accelerator.wait_for_everyone()
     accelerator.end_training()
@@ -185,20 +193,46 @@ def _train_all(accelerator: Accelerator, job: Job, seed: int, progress: Progress
     accelerator.wait_for_everyone()
     state = _read_state(job.scratch, shard) or State(position=Position(stage=0, step=0), weights={}, moments={})
     accelerator.wait_for_everyone()
-    log_file = Metrics(metrics_path(job.out), state.position) if accelerator.is_main_process else contextlib.nullcontext()
+    log_file = contextlib.nullcontext()
+    if accelerator.is_main_process:
+        at = state.position.stage
+        done = reached(job.scratch, state.position, job.stages[at][1] if at < len(job.stages) else None)
+        log_file = Metrics(metrics_path(job.out), done)
     with log_file as metrics, fork_random(accelerator.device):
         run = Run(accelerator=accelerator, seed=seed, scratch=job.scratch, metrics=metrics, progress=progress, mesh=mesh)
         for index in range(len(job.stages)):
             if index == state.position.stage:
-                weights = _train_stage(run, job, index, state)
                 position = Position(stage=index + 1, step=0)
-                run.save(position, Guard(), weights, {})
+                if on_disk(job.stages[index][1]):
+                    state = _train_on_disk(run, job, index, state)
+                    continue
+                weights = _train_stage(run, job, index, state)
+                run.save(position, {}, weights, {})
                 state = State(position=position, weights={} if shard else weights, moments={})
+                del weights
     if not shard:
         return state
     folder = latest_folder(job.scratch)
     assert folder is not None
     return read_whole(folder) if accelerator.is_main_process else None
+
+
+def _train_on_disk(run: Run, job: Job, index: int, state: State) -> State:
+    """As _train_stage, and the state after it: weights go from file to file, and none stays in memory."""
+    if state.weights and not isinstance(state.weights, OnDemand):
+        state = _through_file(run, state.position, state.weights)
+    before = state.weights if isinstance(state.weights, OnDemand) else OnDemand({})
+    state = _through_file(run, Position(stage=index + 1, step=0), DiskStage(run, job, index, before).train())
+    shutil.rmtree(disk_folder(run.scratch, index))
+    return state
+
+
+def _through_file(run: Run, position: Position, weights: Mapping[str, Tensor]) -> State:
+    """Save a state, and read it as one whose weights lie in its file."""
+    run.save(position, {}, weights, {})
+    state = read_latest_state(run.scratch)
+    assert state is not None
+    return state
 
 
 def _read_state(scratch: Path, shard: bool) -> State | None:
@@ -213,8 +247,8 @@ def _read_state(scratch: Path, shard: bool) -> State | None:
         return plain
     if not shard:
         return read_whole(folder)
-    position, guard = read_about(folder)
-    return State(position=position, weights={}, moments={}, guard=guard)
+    position, guards = read_about(folder)
+    return State(position=position, weights={}, moments={}, guards=guards)
 
 
 def _train_stage(run: Run, job: Job, index: int, state: State) -> dict[str, Tensor]:
@@ -239,7 +273,7 @@ def _train_stage(run: Run, job: Job, index: int, state: State) -> dict[str, Tens
         carried = {key: own[key].detach() for key in kept if key not in trained}
         if folder is not None:
             moments = read_into(folder, {key: own[key] for key in kept}, dict(trained) if state.position.step else {})
-            state = State(position=state.position, weights={}, moments=moments, guard=state.guard)
+            state = State(position=state.position, weights={}, moments=moments, guards=state.guards)
     shares = share_layers(student, trained, run.mesh is not None) if options.by_layers else None
     if shares is not None:
         trained = shares.own
@@ -270,7 +304,7 @@ def _train_stage(run: Run, job: Job, index: int, state: State) -> dict[str, Tens
 
 
 def load_pair(
-    student_dir: Path, teacher_dir: Path, options: Any, name: str, weights: dict[str, Tensor], device: torch.device,
+    student_dir: Path, teacher_dir: Path, options: Any, name: str, weights: Mapping[str, Tensor], device: torch.device,
     teacher_weights: dict[str, Tensor] | None = None, seed: int = 0,
 ) -> tuple[Any, Any, dict[str, nn.Parameter]]:  # fmt: skip
     """Student and teacher as a stage needs them: what is trained in fp32, what is frozen and equal held once.
@@ -295,12 +329,8 @@ def load_pair(
     dtype = torch.float32 if options.dtype == "fp32" else None
     student = load_model(student_dir, dtype)
     teacher: Any = load_model(teacher_dir, dtype) if options.needs_teacher else None
-    sizes = ("hidden_size", "num_hidden_layers", "vocab_size") if name == "align" else ("vocab_size",)
-    for size in sizes:
-        own = getattr(student.config, size)
-        other = own if teacher is None else getattr(teacher.config, size)
-        if own != other:
-            raise ConfigError(f"stage {name!r}: {size} is {own} in {student_dir} and {other} in {teacher_dir}, expected equal")
+    if teacher is not None:
+        check_sizes(name, student.config, teacher.config, (student_dir, teacher_dir))
     # What the stage adds to the student comes first into being, then gets its values.
     added = weights.keys() - tensors_of(student).keys()
     with_weights(student, {key: weight for key, weight in weights.items() if key not in added})
@@ -340,7 +370,3 @@ def share_frozen(student: nn.Module, teacher: nn.Module) -> int:
                 setattr(module, leaf, twin)
                 saved += parameter.numel() * parameter.element_size()
     return saved
-
-
-def _write(student_dir: Path, weights: dict[str, Tensor], staging: Staging, lineage: dict[str, Any]) -> None:
-    save_checkpoint(filled(load_model(student_dir), weights), student_dir, staging, lineage)

@@ -7,14 +7,16 @@ numbers need no place in it: every step seeds its own.
 import dataclasses
 import json
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from hybridize.distill.guards import Guard, check_saved
-from hybridize.shards import Planned, plan_shards, read_header, read_tensor, tensor_bytes, write_shard
+from hybridize.shards import OnDemand, Planned, TensorInfo, plan_shards, read_header, read_tensor, tensor_bytes, write_shard
 
 log = logging.getLogger(__name__)
 
@@ -39,12 +41,17 @@ class State:
     """What a resumed run starts from."""
 
     position: Position
-    weights: dict[str, Tensor]
+    weights: Mapping[str, Tensor]
     """Every parameter trained so far, fp32."""
     moments: dict[str, dict[str, Tensor]]
     """Of this stage's parameters, AdamW's own state; empty at the start of a stage."""
-    guard: Guard = field(default_factory=Guard)
-    """The losses that the next ones of this stage are compared with."""
+    guards: dict[str, Guard] = field(default_factory=dict)
+    """The losses that the next ones of this stage are compared with, by the name of the loss."""
+
+
+def as_json(guards: dict[str, Guard]) -> dict[str, Any]:
+    """The last losses as a state holds them."""
+    return {name: dataclasses.asdict(guard) for name, guard in guards.items()}
 
 
 def moments_of(trained: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> dict[str, dict[str, Tensor]]:
@@ -68,36 +75,69 @@ def write_state(folder: Path, state: State) -> Path:
         TrainingError: a weight or moment is not finite; nothing is written.
         ConfigError: the disk is full.
     """
-    tensors = {f"weight/{name}": weight for name, weight in state.weights.items()}
-    tensors |= {f"{key}/{name}": value for name, own in state.moments.items() for key, value in own.items()}
-    check_saved(tensors, f"stage {state.position.stage + 1}, step {state.position.step}")
-    about = {"position": dataclasses.asdict(state.position), "guard": dataclasses.asdict(state.guard)}
-    tensors["about"] = torch.tensor(list(json.dumps(about).encode()), dtype=torch.uint8)
-    planned = [Planned(name=n, dtype=t.dtype, shape=tuple(t.shape), group="") for n, t in tensors.items()]
-    (shard,) = plan_shards(planned)
-    shard = dataclasses.replace(shard, name=state.position.file)
-    write_shard(folder, shard, lambda tensor: [tensor_bytes(tensors[tensor.name])])
+    moments = {f"{key}/{name}": value for name, own in state.moments.items() for key, value in own.items()}
+    about = {"position": dataclasses.asdict(state.position), "guards": as_json(state.guards)}
+    moments["about"] = torch.tensor(list(json.dumps(about).encode()), dtype=torch.uint8)
+    write_tensors(
+        folder / state.position.file, state.weights, moments, f"stage {state.position.stage + 1}, step {state.position.step}"
+    )
     for old in sorted(folder.glob("state-*.safetensors"))[:-KEPT]:
         old.unlink()
-    return folder / shard.name
+    return folder / state.position.file
+
+
+def write_tensors(path: Path, weights: Mapping[str, Tensor], others: dict[str, Tensor], where: str) -> None:
+    """Write one safetensors file: weights as `weight/<name>`, the others under their own names.
+
+    Args:
+        path: the file.
+        weights: by name; those that lie in other files are read one at a time.
+        others: by name.
+        where: stage and step, for messages.
+
+    Raises:
+        TrainingError: a value is not finite; nothing is written.
+        ConfigError: the disk is full.
+    """
+    known = weights.places if isinstance(weights, OnDemand) else weights
+    check_saved({f"weight/{name}": tensor for name, tensor in weights.items()} if known is weights else {}, where)
+    check_saved(others, where)
+    planned = [Planned(name=f"weight/{n}", dtype=t.dtype, shape=tuple(t.shape), group="") for n, t in known.items()]
+    planned += [Planned(name=n, dtype=t.dtype, shape=tuple(t.shape), group="") for n, t in others.items()]
+    (shard,) = plan_shards(planned)
+
+    def pieces(tensor: Planned) -> list[memoryview]:
+        kind, _, name = tensor.name.partition("/")
+        return [tensor_bytes(weights[name] if kind == "weight" else others[tensor.name])]
+
+    write_shard(path.parent, dataclasses.replace(shard, name=path.name), pieces)
 
 
 def read_latest_state(folder: Path) -> State | None:
-    """The latest state in a folder, or None. Raises CheckpointError when it was damaged since it was written."""
+    """The latest state in a folder, or None; its weights are read when they are asked for.
+
+    Raises:
+        CheckpointError: it was damaged since it was written.
+    """
     files = sorted(folder.glob("state-*.safetensors"))
     if not files:
         return None
     headers, _ = read_header(files[-1])
     about = json.loads(bytes(read_tensor(headers.pop("about")).tolist()))
-    weights: dict[str, Tensor] = {}
+    weights: dict[str, TensorInfo] = {}
     moments: dict[str, dict[str, Tensor]] = {}
     for full_name, info in headers.items():
         kind, name = full_name.split("/", 1)
         if kind == "weight":
-            weights[name] = read_tensor(info)
+            weights[name] = info
         else:
             moments.setdefault(name, {})[kind] = read_tensor(info)
     log.info("distill: going on from %s", files[-1])
-    return State(
-        position=Position(**about["position"]), weights=weights, moments=moments, guard=Guard(**about["guard"])
-    )  # fmt: skip
+    guards = {name: Guard(**kept) for name, kept in about["guards"].items()}
+    return State(position=Position(**about["position"]), weights=OnDemand(weights), moments=moments, guards=guards)
+
+
+def weights_in(path: Path) -> dict[str, TensorInfo]:
+    """Where the weights of a file that `write_tensors` wrote lie, by name."""
+    headers, _ = read_header(path)
+    return {name.removeprefix("weight/"): info for name, info in headers.items() if name.startswith("weight/")}

@@ -21,15 +21,12 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from hybridize.distill.guards import Guard, check_saved
-from hybridize.distill.saves import KEPT, Position, State
+from hybridize.distill.saves import KEPT, Position, State, as_json
 from hybridize.distill.sharding import local
 from hybridize.errors import CheckpointError
 from hybridize.storage import publish_folder
 
 log = logging.getLogger(__name__)
-
-ABOUT_BYTES = 16_384
-"""Room for position and last losses, the same in every state, so that its size is known before it is read."""
 
 
 def latest_folder(scratch: Path) -> Path | None:
@@ -38,7 +35,7 @@ def latest_folder(scratch: Path) -> Path | None:
 
 
 def write_sharded(
-    accelerator: Any, scratch: Path, position: Position, guard: Guard, weights: dict[str, Tensor],
+    accelerator: Any, scratch: Path, position: Position, guards: dict[str, Guard], weights: dict[str, Tensor],
     moments: dict[str, dict[str, Tensor]],
 ) -> Path:  # fmt: skip
     """Write a state, called by all processes; then remove all but the latest two.
@@ -49,8 +46,8 @@ def write_sharded(
     tensors = {f"weight/{name}": weight for name, weight in weights.items()}
     tensors |= {f"{key}/{name}": value for name, own in moments.items() for key, value in own.items()}
     check_saved({k: local(v) for k, v in tensors.items()}, f"stage {position.stage + 1}, step {position.step}")
-    about = json.dumps({"position": dataclasses.asdict(position), "guard": dataclasses.asdict(guard)}).encode()
-    tensors["about"] = torch.tensor(list(about.ljust(ABOUT_BYTES)), dtype=torch.uint8)
+    about = json.dumps({"position": dataclasses.asdict(position), "guards": as_json(guards)}).encode()
+    tensors["about"] = torch.tensor(list(about), dtype=torch.uint8)
     final = scratch / position.file.removesuffix(".safetensors")
     temporary = scratch / f".{final.name}.tmp"
     if accelerator.is_main_process and temporary.exists():
@@ -90,12 +87,12 @@ def names_of(folder: Path) -> set[str]:
     return {key.removeprefix("weight/") for key in _shapes(folder) if key.startswith("weight/")}
 
 
-def read_about(folder: Path) -> tuple[Position, Guard]:
-    """Where a state stands, and its last losses."""
-    held = {"about": torch.zeros(ABOUT_BYTES, dtype=torch.uint8)}
+def read_about(folder: Path) -> tuple[Position, dict[str, Guard]]:
+    """Where a state stands, and its last losses by the name of the loss."""
+    held = {"about": torch.zeros(_shapes(folder)["about"], dtype=torch.uint8)}
     _load_alone(held, folder)
     about = json.loads(bytes(held["about"].tolist()))
-    return Position(**about["position"]), Guard(**about["guard"])
+    return Position(**about["position"]), {name: Guard(**kept) for name, kept in about["guards"].items()}
 
 
 def read_into(folder: Path, parameters: dict[str, Tensor], moments_for: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
@@ -120,7 +117,7 @@ def read_into(folder: Path, parameters: dict[str, Tensor], moments_for: dict[str
 
 def read_whole(folder: Path) -> State:
     """A state with every tensor in full, on the CPU of this process alone."""
-    position, guard = read_about(folder)
+    position, guards = read_about(folder)
     tensors = {key: torch.zeros(shape) for key, shape in _shapes(folder).items() if key != "about"}
     _load_alone(tensors, folder)
     weights: dict[str, Tensor] = {}
@@ -131,4 +128,4 @@ def read_whole(folder: Path) -> State:
             weights[name] = value
         else:
             moments.setdefault(name, {})[kind] = value
-    return State(position=position, weights=weights, moments=moments, guard=guard)
+    return State(position=position, weights=weights, moments=moments, guards=guards)

@@ -158,7 +158,7 @@ def divided(rows: Tensor, like: Tensor, mesh: DeviceMesh) -> DTensor:
 
 
 def fill(
-    model: Any, found: Checkpoint, mesh: DeviceMesh, device: torch.device, used: Callable[[str], bool], kept: set[str],
+    model: Any, found: Checkpoint, mesh: DeviceMesh | None, device: torch.device, used: Callable[[str], bool], kept: set[str],
     twins: dict[str, Tensor], teacher: Checkpoint | None = None,
 ) -> int:  # fmt: skip
     """Give parameters their memory and their stored values, each process its own rows; return the bytes that were shared.
@@ -166,7 +166,7 @@ def fill(
     Args:
         model: as `empty_model` made it, perhaps with parts divided.
         found: the directory it is of.
-        mesh: the processes.
+        mesh: the processes; None is this one alone, which divides nothing.
         device: where the values go.
         used: whether a parameter that is not divided is needed (in full); the others stay without memory.
         kept: names whose values a training state will bring; they get memory in any case, divided.
@@ -181,10 +181,10 @@ def fill(
             if id(parameter) in made:
                 setattr(module, leaf, made[id(parameter)])
                 continue
-            split = isinstance(parameter, DTensor) or name in kept
+            split = mesh is not None and (isinstance(parameter, DTensor) or name in kept)
             if not split and not used(name):
                 continue
-            start, stop = own_rows_of(parameter.shape[0], mesh) if split else (0, parameter.shape[0])
+            start, stop = own_rows_of(parameter.shape[0], mesh) if split and mesh else (0, parameter.shape[0])
             lent = lender(name)
             source = found if lent is None or teacher is None else teacher
             rows = source.read_rows(lent or name, start, stop).to(device, parameter.dtype)
@@ -193,7 +193,7 @@ def fill(
                 theirs = local(twin).detach()
                 if twin.shape == parameter.shape and theirs.dtype == rows.dtype and torch.equal(theirs, rows):
                     rows, saved = theirs, saved + rows.numel() * rows.element_size()
-            value = divided(rows, parameter, mesh) if split else rows
+            value = divided(rows, parameter, mesh) if split and mesh else rows
             made[id(parameter)] = nn.Parameter(value, requires_grad=parameter.requires_grad)
             setattr(module, leaf, made[id(parameter)])
     buffers = dict(model.named_buffers())

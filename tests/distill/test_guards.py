@@ -89,16 +89,18 @@ def test_a_spike_is_six_sigma_above_the_last_128_steps():
     # With too few steps behind it nothing is a spike; and one that was left out does not widen the band.
     assert filled(63).spike(1e9) is None
     assert filled(64).spike(1e9) is not None
-    where = {"losses": {"loss": 9.0}, "rows": "row 1", "norm": 1.0, "gradients": {}, "where": "here"}
+    where = {"name": "loss", "losses": {"loss": 9.0}, "rows": "row 1", "norm": 1.0, "gradients": {}, "where": "here"}
     assert judge(guard, "skip", **where) is False
     assert guard.spike(mean + 6.01 * sigma) is not None
 
 
 def test_what_each_choice_does():
-    spike = {"losses": {"layer.3": 1.0, "layer.5": 17.0, "loss": 9.0}, "rows": "rows 4 to 7", "norm": 1.0, "gradients": {}}
-    nan = {**spike, "losses": {"loss": math.nan, "layer.5": math.nan}}
-    grad = {**spike, "losses": {"loss": 2.0}, "norm": math.inf, "gradients": {"w": torch.tensor([math.inf])}}
-    with pytest.raises(TrainingError, match=r"step 9: the loss is 9, more .*'layer.5' \(rows 4 to 7\).*on_spike=skip or ignore"):
+    spike = {"name": "layer.5", "losses": {"layer.5": 17.0}, "rows": "rows 4 to 7", "norm": 1.0, "gradients": {}}
+    nan = {**spike, "losses": {"layer.5": math.nan}}
+    grad = {**spike, "losses": {"layer.5": 2.0}, "norm": math.inf, "gradients": {"w": torch.tensor([math.inf])}}
+    with pytest.raises(
+        TrainingError, match=r"step 9: the loss 'layer.5' is 17, more .* \(rows 4 to 7\).*on_spike=skip or ignore"
+    ):
         judge(filled(), "stop", **spike, where="step 9")
     assert judge(filled(), "ignore", **spike, where="") is True
     assert judge(filled(), "skip", **spike, where="") is False
@@ -125,9 +127,9 @@ def test_the_rows_that_stand_out():
 
 def test_a_state_keeps_the_losses_exactly_and_nothing_that_is_not_finite(tmp_path):
     guard = Guard(losses=[0.1, 1 / 3, 1e-38], skipped=3)
-    state = State(position=Position(stage=0, step=5), weights={"w": torch.ones(3)}, moments={}, guard=guard)
+    state = State(position=Position(stage=0, step=5), weights={"w": torch.ones(3)}, moments={}, guards={"layer.3": guard})
     write_state(tmp_path, state)
-    assert read_latest_state(tmp_path).guard == guard
+    assert read_latest_state(tmp_path).guards == {"layer.3": guard}
     for weights, moments in (
         ({"w": torch.tensor([1.0, math.nan])}, {}),
         ({"w": torch.ones(1)}, {"w": {"exp_avg": torch.tensor([math.inf])}}),
@@ -149,7 +151,7 @@ def few_steps(monkeypatch):
 def test_a_spike_in_the_data_is_named_and_skipped(folders, tmp_path, finite):
     teacher = reads_rarely(folders[0], tmp_path, 100.0 if finite else math.inf)
     text, out = rare_text(), tmp_path / "out"
-    said = "the loss is .* more than 6 sigma" if finite else "the loss 'loss' is nan"
+    said = "the loss 'loss' is .* more than 6 sigma" if finite else "the loss 'loss' is nan"
     with pytest.raises(TrainingError, match=rf"\(kl\), step 19, stopped.*step 15: {said}.*\(rows 2 to 3\)"):
         distill(folders[1], [STAGE], text, out, teacher=teacher)
     # The same job goes on past it, from its last state, to the bytes of a run that skipped it at once.

@@ -220,14 +220,14 @@ def test_a_state_of_divided_weights_comes_back_whole_or_divided(mesh, tmp_path):
     parts = {name: divided(value.clone(), value, mesh) for name, value in weights.items()}
     moments = {"a": {"step": torch.tensor(7.0), "exp_avg": parts["a"] * 2, "exp_avg_sq": parts["a"] * 3}}
     alone = SimpleNamespace(is_main_process=True, wait_for_everyone=lambda: None)
-    guard = Guard(losses=[1 / 3], skipped=2)
+    guards = {f"layer.{index}": Guard(losses=[1 / 3] * 128, skipped=2) for index in range(9)}
     for step in (1, 2, 3):
-        write_sharded(alone, tmp_path, Position(stage=0, step=step), guard, parts, moments)
+        write_sharded(alone, tmp_path, Position(stage=0, step=step), guards, parts, moments)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["state-00-000000002", "state-00-000000003"]
     # A folder that a kill left half written has another name, and is no state.
     (tmp_path / ".state-00-000000009.tmp").mkdir()
     folder = latest_folder(tmp_path)
-    assert read_about(folder) == (Position(stage=0, step=3), guard)
+    assert read_about(folder) == (Position(stage=0, step=3), guards)
     assert names_of(folder) == {"a", "b"}
     whole = read_whole(folder)
     assert all(torch.equal(whole.weights[name], value) for name, value in weights.items())
@@ -238,7 +238,7 @@ def test_a_state_of_divided_weights_comes_back_whole_or_divided(mesh, tmp_path):
     assert back["a"]["step"] == 7
     parts["a"].to_local()[0, 0] = float("nan")
     with pytest.raises(TrainingError, match="weight/a holds a value that is not finite"):
-        write_sharded(alone, tmp_path, Position(stage=0, step=4), guard, parts, moments)
+        write_sharded(alone, tmp_path, Position(stage=0, step=4), guards, parts, moments)
     (folder / ".metadata").write_bytes(b"")
     with pytest.raises(CheckpointError, match="no training state that can be read"):
         names_of(folder)

@@ -93,11 +93,12 @@ def test_backward_layer_by_layer_is_backward_of_the_sum(folders, ids, losses):
         output = layer(signals[0].hidden, position_embeddings=cos_sin)
         handle.remove()
         if "mixer_output" in losses:
-            total = total + 0.7 * (mixed[0] - signals[0].mixed).pow(2).mean() / mixed_scale / 2
+            total = total + 0.7 * (mixed[0] - signals[0].mixed).pow(2).mean() / mixed_scale
         if "hidden_state" in losses:
-            total = total + 0.7 * (output - signals[0].output).pow(2).mean() / update_scale / 2
+            total = total + 0.7 * (output - signals[0].output).pow(2).mean() / update_scale
     total.backward()
-    assert_close(parts["loss"], total, "fp32")
+    # Each layer's gradient is of its own loss, however many there are; what is shown is their mean.
+    assert_close(parts["loss"], total / 2, "fp32")
     assert_close(actual, grads_of(trained), "fp32", grad=True)
     # A step that forgot one layer would not pass.
     wrong = actual.clone()
@@ -170,14 +171,14 @@ def test_align_gives_a_reader_the_students_memory_and_no_way_back(tmp_path, ids)
     assert_close(parts["layer.2"], loss, "fp32")
     with pytest.raises(AssertionError):
         assert_close(parts["layer.2"], unit_loss(read.input_layernorm(seen[1].hidden)), "fp32")
-    (loss / 2).backward()
+    loss.backward()
     for name in (n for n in trained if ".layers.2." in n):
         assert_close(found[name], trained[name].grad, "fp32", grad=True)
     alone, teacher, below = pair(tiny_pair(tmp_path / "alone", (MAMBA, KEEP, KEEP)), options)
     with torch.no_grad():
         for name, p in below.items():
             p.copy_(trained[name])
-    options.start(alone, teacher, Batch(ids))(Batch(ids), 2 / 4)
+    options.start(alone, teacher, Batch(ids))(Batch(ids), 1.0)
     for name, p in below.items():
         assert_close(found[name], p.grad, "fp32", grad=True)
 

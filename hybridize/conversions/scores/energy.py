@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from hybridize.checkpoint import Checkpoint
-from hybridize.conversions.layer import OnDemand
 from hybridize.conversions.plan import build_mixer, split_options
 from hybridize.conversions.table import CONVERSIONS
 from hybridize.core import LayerScore
 from hybridize.errors import ConfigError
+from hybridize.shards import OnDemand
 
 SHARES = (*(round(0.005 * step, 3) for step in range(1, 200)), 0.996, 0.997, 0.998, 0.999)
 """Shares of the energy at which ranks are kept."""
