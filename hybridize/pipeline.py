@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer
 
 from hybridize.checkpoint import open_base
 from hybridize.conversions import CONVERSIONS, convert
@@ -27,13 +26,14 @@ from hybridize.data import (
     Tokens,
     document_hash,
     is_held_out,
+    load_tokenizer,
     read_documents,
     read_tokens,
     spread_blocks,
     weighted_sources,
 )
 from hybridize.distill import STAGES, check_sources, distill
-from hybridize.errors import CheckpointError, ConfigError, DataError
+from hybridize.errors import ConfigError, DataError
 from hybridize.eval import GATES, PROBES, comparison_table, evaluate, gate, report
 from hybridize.eval.context import EvalContext
 from hybridize.lineage import is_complete
@@ -101,13 +101,6 @@ def need_text(plan: Plan) -> str:
     free = [method for method in methods if not CONVERSIONS.build({**spec, "method": method}).calibrated]
     other = f", or a method that needs none ({', '.join(free)})" if free else ""
     return f"layer {index}: the seed of its {spec['name']} is calibrated on text. Give --data TEXT{other}"
-
-
-def load_tokenizer(path: Path) -> Any:
-    """The tokenizer of a checkpoint. Raises CheckpointError when it has none."""
-    if not any((path / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
-        raise CheckpointError(f"{path}: has no tokenizer.json, which is needed to read text; copy the base's beside the weights")
-    return AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
 
 
 def cut(document: str) -> Iterator[str]:
@@ -202,6 +195,7 @@ def run(
     resume: bool = False,
     progress: Progress | None = None,
     scores: Scores | None = None,
+    teacher: str | Path | None = None,
 ) -> RunResult:
     """Plan, convert, distill, evaluate, gate, report.
 
@@ -215,6 +209,7 @@ def run(
         resume: go on with a run that was killed; finished steps are skipped either way when they match.
         progress: called with (label, done, total).
         scores: layer scores of the base, where the recipe's ranks follow them.
+        teacher: as for `distill`; None is the base.
 
     Returns:
         Plan, reports by column (base, converted, distilled), the verdict (None without gates) and the report's path.
@@ -242,7 +237,7 @@ def run(
     reports = {"base": _measured(recipe, base, base, test, out / "report-base.json", progress)}
     if stages:
         reports["converted"] = _measured(recipe, converted, base, test, out / "report-converted.json", progress)
-        distill(converted, stages, train, distilled, teacher=base, resume=resume or is_complete(distilled),
+        distill(converted, stages, train, distilled, teacher=teacher or base, resume=resume or is_complete(distilled),
                 seed=recipe.seed, progress=progress, recall=recall_of(converted, recipe.seed))  # fmt: skip
         final = "distilled"
     else:

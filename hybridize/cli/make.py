@@ -1,4 +1,4 @@
-"""The verbs that make something: info, plan, convert, distill, run, demo, generate."""
+"""The verbs that make something: info, plan, convert, distill, teach, run, demo, generate."""
 
 import dataclasses
 import os
@@ -8,7 +8,19 @@ from typing import Annotated, Optional
 import typer
 
 from hybridize.cli import shared
-from hybridize.cli.shared import BaseArg, CacheOpt, DataOpt, DirArg, OutOpt, RecipeOpt, ResumeOpt, ScoresOpt, SetOpt, cli
+from hybridize.cli.shared import (
+    BaseArg,
+    CacheOpt,
+    DataOpt,
+    DirArg,
+    OutOpt,
+    RecipeOpt,
+    ResumeOpt,
+    ScoresOpt,
+    SetOpt,
+    TeacherOpt,
+    cli,
+)
 from hybridize.errors import ConfigError
 
 
@@ -135,7 +147,7 @@ def distill(
     out: OutOpt,
     recipe: RecipeOpt = None,
     data: DataOpt = None,
-    teacher: Annotated[Optional[str], typer.Option(help="Default: the base that the hybrid's lineage names.")] = None,  # noqa: UP045
+    teacher: TeacherOpt = None,
     track: Annotated[Optional[str], typer.Option(help="A tracker for accelerate, such as tensorboard.")] = None,  # noqa: UP045
     token_cache: CacheOpt = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what it will cost, and load nothing.")] = False,
@@ -154,8 +166,9 @@ def distill(
     from hybridize.checkpoint import describe
     from hybridize.distill import distill as run_distill
     from hybridize.distill.cost import Machine, device_bytes, refuse, run_cost
-    from hybridize.distill.run import build_stages, teacher_of
+    from hybridize.distill.run import build_stages
     from hybridize.distill.sharding import asked_to_shard
+    from hybridize.distill.teachers import prepare
     from hybridize.pipeline import fitted, recall_of
     from hybridize.recipe import text_sources
 
@@ -171,7 +184,9 @@ def distill(
         bytes_each=device_bytes() if memory_gb is None else memory_gb * 1e9, mfu=mfu, peak_flops=peak_tflops * 1e12,
     )  # fmt: skip
     if main:
-        costs = run_cost(checkpoint, teacher_of(checkpoint, teacher), build_stages(stages), machine)
+        built = build_stages(stages)
+        taught = prepare(checkpoint, teacher, built, chosen.seed)
+        costs = run_cost(checkpoint, taught.model, built, machine, taught.cache)
         shared.show_cost(costs, machine)
         if dry_run:
             shared.screen.result([{**dataclasses.asdict(cost), "total_bytes": cost.total_bytes} for cost in costs])
@@ -187,6 +202,69 @@ def distill(
 
 
 @cli.command()
+def teach(
+    checkpoint: DirArg,
+    out: OutOpt,
+    recipe: RecipeOpt = None,
+    data: DataOpt = None,
+    teacher: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="Directory of a model with the hybrid's tokenizer. Default: the base that its lineage names."),
+    ] = None,
+    keep: Annotated[
+        str,
+        typer.Option(help="hidden: final hidden states, lossless, for any loss over logits. top_k: the likeliest tokens."),
+    ] = "hidden",
+    k: Annotated[Optional[int], typer.Option("--k", help="How many of these. Default: as the recipe's losses have it.")] = None,  # noqa: UP045
+    as_run: Annotated[
+        bool, typer.Option("--as-run", help="Only the text that `hybridize run` trains on, as for its --data.")
+    ] = False,
+    held_out: Annotated[Optional[str], typer.Option(help="With --as-run: its --held-out.")] = None,  # noqa: UP045
+    token_cache: CacheOpt = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what it will take, and write nothing.")] = False,
+    resume: ResumeOpt = False,
+    set_: SetOpt = [],  # noqa: B006
+) -> None:
+    """Write what a teacher says of the text, once, for `distill --teacher CACHE` to read in place of the teacher.
+
+    A cache fits every run of the same text, seed, rows and tokenizer, whatever its hybrid. Stages that compare layers
+    (align) still read the base itself. Several processes: torchrun --nproc_per_node N -m hybridize teach DIR ...
+    """
+    from hybridize.checkpoint import describe
+    from hybridize.data import load_tokenizer
+    from hybridize.distill import plan_lesson
+    from hybridize.distill import teach as run_teach
+    from hybridize.eval.table import human_bytes
+    from hybridize.pipeline import fitted, split_text
+    from hybridize.recipe import text_sources
+
+    if held_out is not None and not as_run:
+        raise ConfigError("--held-out goes with --as-run; without it the cache is of all of --data, as `distill` trains on it")
+    found = describe(checkpoint)
+    chosen = shared.load(recipe, set_, found.config)
+    stages = fitted(chosen.distill, found.config)
+    needs = plan_lesson(checkpoint, stages, teacher, keep, k, chosen.seed).needs
+    main = os.environ.get("RANK", "0") == "0"
+    if main:
+        rows = [["stage", "rows", "tokens", "bytes"]]
+        rows += [[need.name, f"{need.rows:,}", f"{need.tokens:,}", human_bytes(need.bytes)] for need in needs]
+        shared.screen.table(rows, f"what {out} will hold")
+    result = {"out": str(out), "dry_run": dry_run, "stages": [dataclasses.asdict(need) for need in needs]}
+    if dry_run:
+        shared.screen.result(result)
+        return
+    text, shown = text_sources(chosen, data), shared.screen.progress if main else None
+    if as_run:
+        tokens = token_cache or out.with_name(f"{out.name}.tokens")
+        text, _ = split_text(load_tokenizer(checkpoint), text, held_out, chosen.data.held_out_share, tokens, shown)
+    run_teach(checkpoint, stages, text, out, teacher=teacher, keep=keep, k=k, resume=resume, seed=chosen.seed, progress=shown,
+              token_cache=token_cache)  # fmt: skip
+    if main:
+        shared.screen.say(f"wrote {out}; `hybridize distill ... --teacher {out}` reads it")
+        shared.screen.result(result)
+
+
+@cli.command()
 def run(
     recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe file, or the name of a built-in one.")],
     base: Annotated[str, typer.Option(help="Directory, hub id, alias, or 'demo'.")],
@@ -194,16 +272,17 @@ def run(
     data: DataOpt = None,
     held_out: Annotated[Optional[str], typer.Option(help="Text to evaluate on. Default: a share of --data.")] = None,  # noqa: UP045
     scores: ScoresOpt = None,
+    teacher: TeacherOpt = None,
     resume: ResumeOpt = False,
     set_: SetOpt = [],  # noqa: B006
 ) -> None:
     """Plan, convert, distill, evaluate, gate and report. Steps whose output matches are skipped."""
-    _run(recipe, set_, base, data, out, held_out, resume, scores)
+    _run(recipe, set_, base, data, out, held_out, resume, scores, teacher)
 
 
 def _run(
     recipe: str, set_: list[str], base: str, data: str | None, out: Path, held_out: str | None, resume: bool,
-    scores: Path | None = None,
+    scores: Path | None = None, teacher: str | None = None,
 ) -> None:  # fmt: skip
     from hybridize.checkpoint import describe_base
     from hybridize.hub import resolve_base
@@ -212,7 +291,7 @@ def _run(
     folder = resolve_base(base)
     chosen = shared.load(recipe, set_, describe_base(folder).config)
     result = run_all(chosen, folder, data, out, held_out=held_out, resume=resume, progress=shared.screen.progress,
-                     scores=shared.read_scores(scores))  # fmt: skip
+                     scores=shared.read_scores(scores), teacher=teacher)  # fmt: skip
     shared.show_plan(result.plan)
     shared.screen.say("")
     shared.screen.table(result.table())

@@ -35,6 +35,10 @@ CacheOpt = Annotated[
     typer.Option("--token-cache", help="Folder that keeps the tokens of texts, for other runs to use."),
 ]
 ScoresOpt = Annotated[Optional[Path], typer.Option("--scores", help="A scores.json, for ranks that follow it.")]  # noqa: UP045
+TeacherOpt = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option("--teacher", metavar="DIR|CACHE", help="A model, or what `teach` wrote. Default: the base of the lineage."),
+]
 OutOpt = Annotated[Path, typer.Option("--out", help="Where to write; must not exist yet.")]
 ResumeOpt = Annotated[bool, typer.Option("--resume", help="Go on with what a killed run left.")]
 

@@ -64,7 +64,8 @@ class StageOptions:
 
     TRAINS: ClassVar[list[str]] = ["*"]
     """What `train` of None means without adapters."""
-    needs_teacher: ClassVar[bool] = True
+    cacheable: ClassVar[bool] = False
+    """Whether a cache of the teacher's logits can stand in for it."""
     follows_itself: ClassVar[bool] = False
     """Whether the teacher is the student as the stage finds it."""
     divides: ClassVar[bool] = True
@@ -93,6 +94,10 @@ class StageOptions:
             raise ConfigError(f"tokens is {self.tokens}, expected at least one step of {self.step_tokens}")
         if self.save_tokens is not None and self.save_tokens < 1:
             raise ConfigError(f"save_tokens is {self.save_tokens}, expected at least 1 or null")
+
+    @property
+    def needs_teacher(self) -> bool:
+        return True
 
     @property
     def by_layers(self) -> bool:

@@ -29,6 +29,7 @@ from hybridize.checkpoint import Checkpoint, open_checkpoint, stored_dtype
 from hybridize.data import Batch
 from hybridize.distill.losses import LOSSES
 from hybridize.distill.options import converted_layers
+from hybridize.distill.teachers import check_vocabulary
 from hybridize.errors import ConfigError
 
 log = logging.getLogger(__name__)
@@ -203,7 +204,7 @@ def fill(
 
 
 def load_sharded_pair(
-    student_dir: Path, teacher_dir: Path, options: Any, name: str, kept: set[str], device: torch.device, mesh: DeviceMesh
+    student_dir: Path, teacher_dir: Path | None, options: Any, name: str, kept: set[str], device: torch.device, mesh: DeviceMesh
 ) -> tuple[Any, Any, dict[str, nn.Parameter]]:
     """As run.load_pair, divided over the processes of `mesh`; the values of `kept` are for the training state to bring.
 
@@ -212,8 +213,11 @@ def load_sharded_pair(
         ConfigError: a glob of `train` matches nothing.
     """
     dtype = torch.float32 if options.dtype == "fp32" else None
-    opened = open_checkpoint(student_dir), open_checkpoint(teacher_dir)
-    student, teacher = (empty_model(found, dtype) for found in opened)
+    opened = open_checkpoint(student_dir)
+    student, teacher = empty_model(opened, dtype), None
+    if teacher_dir is not None:
+        check_vocabulary(student_dir, teacher_dir)
+        teacher = empty_model(open_checkpoint(teacher_dir), dtype)
     trained = options.choose(options.candidates(student), name)
     options.check_rates(trained, name)
     for key, parameter in student.named_parameters():
@@ -223,8 +227,8 @@ def load_sharded_pair(
     if name == "align":
         shard_for_align(student, teacher, options, mesh)
     else:
-        shard_whole(student, mesh)
-        shard_whole(teacher, mesh)
+        for model in (student, teacher) if teacher is not None else (student,):
+            shard_whole(model, mesh)
     for module in student.modules():
         if isinstance(module, FSDPModule):
             _sum_gradients(module)
@@ -232,14 +236,16 @@ def load_sharded_pair(
         _sum_gradients(student.sharded_decoder[0])
     layers = [f"model.layers.{index}." for index in converted_layers(student)] if name == "align" else []
     norms = ("input_layernorm.weight", "post_attention_layernorm.weight")
-    fill(teacher, opened[1], mesh, device, lambda key: name != "align", set(), {})
+    twins: dict[str, Tensor] = {}
+    if teacher_dir is not None and teacher is not None:
+        fill(teacher, open_checkpoint(teacher_dir), mesh, device, lambda key: name != "align", set(), {})
+        twins = dict(teacher.eval().named_parameters(remove_duplicate=False))
     saved = fill(
-        student, opened[0], mesh, device, lambda key: any(key.startswith(p) and key.endswith(norms) for p in layers), kept,
-        dict(teacher.named_parameters(remove_duplicate=False)),
-    )  # fmt: skip
+        student, opened, mesh, device, lambda key: any(key.startswith(p) and key.endswith(norms) for p in layers), kept, twins
+    )
     log.info("distill: %.1f MB of this process's frozen weights are shared with the teacher", saved / 1e6)
     own = dict(student.named_parameters())
-    return student.train(), teacher.eval(), {key: own[key] for key in trained}
+    return student.train(), teacher, {key: own[key] for key in trained}
 
 
 def _sum_gradients(module: FSDPModule) -> None:
