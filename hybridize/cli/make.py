@@ -243,13 +243,14 @@ def teach(
     found = describe(checkpoint)
     chosen = shared.load(recipe, set_, found.config)
     stages = fitted(chosen.distill, found.config)
-    needs = plan_lesson(checkpoint, stages, teacher, keep, k, chosen.seed).needs
+    lesson = plan_lesson(checkpoint, stages, teacher, keep, k, chosen.seed)
     main = os.environ.get("RANK", "0") == "0"
     if main:
         rows = [["stage", "rows", "tokens", "bytes"]]
-        rows += [[need.name, f"{need.rows:,}", f"{need.tokens:,}", human_bytes(need.bytes)] for need in needs]
-        shared.screen.table(rows, f"what {out} will hold")
-    result = {"out": str(out), "dry_run": dry_run, "stages": [dataclasses.asdict(need) for need in needs]}
+        rows += [[need.name, f"{need.rows:,}", f"{need.tokens:,}", human_bytes(need.bytes)] for need in lesson.needs]
+        shared.screen.table(rows, f"{out} will hold {human_bytes(lesson.bytes)}")
+    result = {"out": str(out), "dry_run": dry_run, "bytes": lesson.bytes,
+              "stages": [dataclasses.asdict(need) for need in lesson.needs]}  # fmt: skip
     if dry_run:
         shared.screen.result(result)
         return

@@ -78,13 +78,18 @@ class Lesson:
     """The manifest but for text and files."""
 
     @property
+    def bytes(self) -> int:
+        """Of all stages and the teacher's head, headers aside."""
+        head = self.content["vocab_size"] * self.content["hidden_size"] * DTYPES[self.content["head_dtype"]].itemsize
+        return sum(need.bytes for need in self.needs) + (head if self.content["keep"] == "hidden" else 0)
+
+    @property
     def needs(self) -> list[StageNeed]:
         found = []
         for record in self.content["stages"]:
-            shapes = layout(self.content, record, record["rows"]).values()
-            nbytes = sum(torch.Size(shape).numel() * dtype.itemsize for dtype, shape in shapes)
-            tokens = record["rows"] * record["seq_tokens"]
-            found.append(StageNeed(stage=record["stage"], name=record["name"], rows=record["rows"], tokens=tokens, bytes=nbytes))
+            rows = record["rows"]
+            nbytes, tokens = rows * _row_bytes(self.content, record), rows * record["seq_tokens"]
+            found.append(StageNeed(stage=record["stage"], name=record["name"], rows=rows, tokens=tokens, bytes=nbytes))
         return found
 
 
@@ -136,9 +141,8 @@ def plan_lesson(
             "stage": number, "name": name, "rows": options.steps * options.step_rows, "rows_at_once": options.rows,
             **rows_follow_from(options),
         }  # fmt: skip
-        row_bytes = sum(torch.Size(s).numel() * d.itemsize for d, s in layout(content, record, 1).values())
         # Whole micro-batches, so that the teacher reads what it would read in a run.
-        record["shard_rows"] = options.rows * max(1, SHARD_BYTES // (row_bytes * options.rows))
+        record["shard_rows"] = options.rows * max(1, SHARD_BYTES // (_row_bytes(content, record) * options.rows))
         content["stages"].append(record)
     return Lesson(student=student_dir, model=model, built=built, content=content)
 
@@ -250,7 +254,7 @@ def _write_stages(
     missing: dict[int, list[int]] = {}
     if staging is not None:
         missing = {record["stage"]: _missing(record, staging) for record in content["stages"]}
-        least = [_plan(content, r, s).nbytes for r in content["stages"] for s in missing[r["stage"]]]
+        least = [_rows(r, s) * _row_bytes(content, r) for r in content["stages"] for s in missing[r["stage"]]]
         head = _one_file(HEAD, {"head": (DTYPES[content["head_dtype"]], (content["vocab_size"], content["hidden_size"]))})
         with_head = content["keep"] == "hidden" and staging.finished(HEAD) is None
         require_space(folder, sum(least) + with_head * head.nbytes)
@@ -288,9 +292,13 @@ def _missing(record: dict[str, Any], staging: Staging) -> list[int]:
     return [shard for shard in shards if staging.finished(shard_name(record["stage"], shard)) is None]
 
 
-def _plan(content: dict[str, Any], record: dict[str, Any], shard: int) -> Shard:
-    rows = min(record["shard_rows"], record["rows"] - shard * record["shard_rows"])
-    return _one_file(shard_name(record["stage"], shard), layout(content, record, rows))
+def _row_bytes(content: dict[str, Any], record: dict[str, Any]) -> int:
+    return sum(torch.Size(shape).numel() * dtype.itemsize for dtype, shape in layout(content, record, 1).values())
+
+
+def _rows(record: dict[str, Any], shard: int) -> int:
+    """Rows of a shard, counted from 0."""
+    return min(record["shard_rows"], record["rows"] - shard * record["shard_rows"])
 
 
 def _one_file(name: str, tensors: dict[str, tuple[torch.dtype, tuple[int, ...]]]) -> Shard:
@@ -302,7 +310,7 @@ def _write(
     folder: Path, content: dict[str, Any], record: dict[str, Any], number: int, options: Any, blocks: TrainBlocks, model: Any
 ) -> dict[str, Any]:
     """Run the teacher over one shard's rows, a micro-batch at a time, and write them."""
-    shard = _plan(content, record, number)
+    shard = _one_file(shard_name(record["stage"], number), layout(content, record, _rows(record, number)))
     held = {tensor.name: torch.empty(tensor.shape, dtype=tensor.dtype) for tensor in shard.tensors}
     rows = len(held["marks"])
     for start in range(0, rows, options.rows):
