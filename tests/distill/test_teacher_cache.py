@@ -209,6 +209,8 @@ def test_a_resumed_run_keeps_its_cache_and_a_resumed_lesson_its_teacher(folders,
     assert teach(folders[1], [KL], tiny_tokens(), out, resume=True) == out
     with pytest.raises(ConfigError, match="the output is not empty"):
         teach(folders[1], [KL], tiny_tokens(), out)
+    with pytest.raises(ConfigError, match="is a teacher's cache, expected the directory of a model"):
+        teach(folders[1], [KL], tiny_tokens(), tmp_path / "x", teacher=out)
 
 
 def test_top_k_against_all_logits_in_fp64(folders, tmp_path):
