@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer
 
 from hybridize.checkpoint import Described, describe_base, open_base
 from hybridize.conversions import CONVERSIONS, convert
@@ -27,6 +26,7 @@ from hybridize.data import (
     Tokens,
     document_hash,
     is_held_out,
+    load_tokenizer,
     read_documents,
     read_tokens,
     spread_blocks,
@@ -35,7 +35,9 @@ from hybridize.data import (
 from hybridize.distill import STAGES, check_sources, distill
 from hybridize.distill.cost import Machine, StageCost, refuse, run_cost
 from hybridize.distill.run import build_stages
-from hybridize.errors import CheckpointError, ConfigError, DataError
+from hybridize.distill.teacher_cache import open_cache
+from hybridize.distill.teachers import is_cache
+from hybridize.errors import ConfigError, DataError
 from hybridize.eval import GATES, PROBES, comparison_table, evaluate, gate, report
 from hybridize.eval.context import EvalContext
 from hybridize.lineage import is_complete
@@ -105,13 +107,6 @@ def need_text(plan: Plan) -> str:
     free = [method for method in methods if not CONVERSIONS.build({**spec, "method": method}).calibrated]
     other = f", or a method that needs none ({', '.join(free)})" if free else ""
     return f"layer {index}: the seed of its {spec['name']} is calibrated on text. Give --data TEXT{other}"
-
-
-def load_tokenizer(path: Path) -> Any:
-    """The tokenizer of a checkpoint. Raises CheckpointError when it has none."""
-    if not any((path / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
-        raise CheckpointError(f"{path}: has no tokenizer.json, which is needed to read text; copy the base's beside the weights")
-    return AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
 
 
 def cut(document: str) -> Iterator[str]:
@@ -197,13 +192,21 @@ def calibration_rows(text: Tokens | Mixture, recipe: Recipe, config: Any) -> Ten
     )  # fmt: skip
 
 
-def _costs(found: Described, plan: Plan, stages: list[dict[str, Any]], machine: Machine) -> list[StageCost]:
-    """What the stages will cost, the base being the teacher of a hybrid that is not there yet."""
-    config = hybrid_config(found.config, [layer.mixer for layer in plan.layers])
-    return run_cost(dataclasses.replace(found, config=config), found, build_stages(stages), machine) if stages else []
+def _costs(
+    found: Described, plan: Plan, stages: list[dict[str, Any]], machine: Machine, teacher: str | Path | None
+) -> list[StageCost]:
+    """What the stages of a hybrid that is not there yet will cost."""
+    if not stages:
+        return []
+    student = dataclasses.replace(found, config=hybrid_config(found.config, [layer.mixer for layer in plan.layers]))
+    cache = open_cache(Path(teacher)) if teacher is not None and is_cache(Path(teacher)) else None
+    model = found if teacher is None or cache is not None else Path(teacher)
+    return run_cost(student, model, build_stages(stages), machine, cache)
 
 
-def preview(recipe: Recipe, base: Path, machine: Machine, scores: Scores | None = None) -> tuple[Plan, list[StageCost]]:
+def preview(
+    recipe: Recipe, base: Path, machine: Machine, scores: Scores | None = None, teacher: str | Path | None = None
+) -> tuple[Plan, list[StageCost]]:
     """What a run would do and what its stages would cost. Reads config.json alone, and writes nothing.
 
     Args:
@@ -211,6 +214,7 @@ def preview(recipe: Recipe, base: Path, machine: Machine, scores: Scores | None 
         base: directory of the base; its weights need not be there.
         machine: what the run would have.
         scores: layer scores of the base, where the recipe's ranks follow them.
+        teacher: as for `run`.
 
     Raises:
         HybridizeError: as `run` does for what it can see without weights and text.
@@ -218,7 +222,7 @@ def preview(recipe: Recipe, base: Path, machine: Machine, scores: Scores | None 
     _check(recipe)
     found = describe_base(base)
     plan = make_plan(found, recipe.plan, recipe.name, recipe.seed, scores)
-    return plan, _costs(found, plan, fitted(recipe.distill, found.config), machine)
+    return plan, _costs(found, plan, fitted(recipe.distill, found.config), machine, teacher)
 
 
 def _check(recipe: Recipe) -> None:
@@ -238,6 +242,7 @@ def run(
     scores: Scores | None = None,
     machine: Machine | None = None,
     announce: Announce | None = None,
+    teacher: str | Path | None = None,
 ) -> RunResult:
     """Plan, convert, distill, evaluate, gate, report.
 
@@ -255,6 +260,7 @@ def run(
             counts nothing.
         announce: called with the plan and what each stage will cost before anything is written; no costs where there is no
             `machine` or the training is done.
+        teacher: as for `distill`; None is the base.
 
     Returns:
         Plan, reports by column (base, converted, distilled), the verdict (None without gates) and the report's path.
@@ -270,7 +276,8 @@ def run(
     weighted_sources(sources)  # a wrong one is found before any work
     if stages:
         check_sources(stages)
-    costs = _costs(checkpoint, plan, stages, machine) if machine is not None and not is_complete(out / "distilled") else []
+    counts = machine is not None and not is_complete(out / "distilled")
+    costs = _costs(checkpoint, plan, stages, machine, teacher) if machine is not None and counts else []
     if announce is not None:
         announce(plan, costs)
     if machine is not None:
@@ -285,7 +292,7 @@ def run(
     reports = {"base": _measured(recipe, base, base, test, out / "report-base.json", progress)}
     if stages:
         reports["converted"] = _measured(recipe, converted, base, test, out / "report-converted.json", progress)
-        distill(converted, stages, train, distilled, teacher=base, resume=resume or is_complete(distilled),
+        distill(converted, stages, train, distilled, teacher=teacher or base, resume=resume or is_complete(distilled),
                 seed=recipe.seed, progress=progress, recall=recall_of(converted, recipe.seed))  # fmt: skip
         final = "distilled"
     else:

@@ -160,6 +160,52 @@ def test_ranks_from_scores_through_every_verb(base, text, tmp_path, capsys):
     assert json.loads((tmp_path / "w" / "plan.json").read_text())["layers"] == planned["layers"]
 
 
+def test_a_teacher_is_written_once_and_read_in_its_place(base, text, tmp_path, capsys):
+    assert call("convert", base, "--recipe", "streaming", "--out", tmp_path / "c")[0] == 0
+    recipe = ["--recipe", "streaming", "--set", "distill=[{name: kl, tokens: 512, seq_tokens: 32, rows: 4}]"]
+    teach = ["teach", tmp_path / "c", *recipe, "--data", text, "--out", tmp_path / "t"]
+    code, out = call(*teach, "--dry-run", "--json", capsys=capsys)
+    assert code == 0
+    assert json.loads(out.out)["bytes"] == 512 * 32 * 4 + 16 * 8 + 64 * 32 * 4
+    assert not (tmp_path / "t").exists()
+    code, out = call(*teach, capsys=capsys)
+    assert code == 0, out.err
+    assert "kl" in out.out
+    assert f"--teacher {tmp_path / 't'}" in out.out
+    assert "teach kl: 100%" in out.err
+    words = ["distill", tmp_path / "c", *recipe, "--data", text, "--out", tmp_path / "d", "--teacher", tmp_path / "t"]
+    code, out = call(*words, "--set", "seed=3", capsys=capsys)
+    assert (code, len(out.err.strip().splitlines())) == (2, 1)
+    assert "seed is 0 in the cache, expected 3 as in this run" in out.err
+    (base / "config.json").rename(base / "away.json")
+    try:
+        assert call(*words)[0] == 0
+    finally:
+        (base / "away.json").rename(base / "config.json")
+    assert open_checkpoint(tmp_path / "d").is_hybrid
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("held_out", [[], ["--held-out"]])
+def test_a_whole_run_on_a_cache(base, text, tmp_path, capsys, held_out):
+    held_out = [*held_out, text.with_name("other.txt")] if held_out else []
+    if held_out:
+        held_out[1].write_text("w1 w2 w3 w4 " * 40)
+    small = [*SMALL[2:], "--set", "distill=[{name: align, tokens: 512, seq_tokens: 32}, {name: kl, tokens: 512, seq_tokens: 32}]"]
+    common = [*small, "--data", text, *held_out]
+    assert call("run", "mamba2", "--base", base, "--out", tmp_path / "w", *common)[0] == 0
+    teach = ["teach", tmp_path / "w/converted", "--recipe", "mamba2", *common, "--out", tmp_path / "t", "--as-run"]
+    code, out = call(*teach, capsys=capsys)
+    assert code == 0, out.err
+    assert "align reads more than logits of its teacher; distill will run" in out.err
+    code, out = call(
+        "run", "mamba2", "--base", base, "--out", tmp_path / "v", *common, "--teacher", tmp_path / "t", capsys=capsys
+    )
+    assert code == 0, out.err
+    one, two = (tmp_path / name / "distilled" / "model.safetensors" for name in ("w", "v"))
+    assert one.read_bytes() == two.read_bytes()
+
+
 def test_keep_all_is_the_base_bit_for_bit(base, tmp_path):
     assert call("convert", base, "--recipe", "streaming", "--set", "plan.keep=all", "--out", tmp_path / "d")[0] == 0
     ids = torch.arange(3, 40)[None]
@@ -200,6 +246,8 @@ def test_keep_all_is_the_base_bit_for_bit(base, tmp_path):
         (["score", "BASE", "--metric", "energy", "--set", "a=b", "--out", "OUT"], "give --recipe"),
         (["score", "BASE", "--metric", "energy", "--recipe", "mamba2", "--out", "OUT"], "truncates nothing"),
         (["score", "BASE", "--metric", "energy"], "Missing option '--out'"),
+        (["teach", "BASE", "--recipe", "mamba2", "--data", "t.txt", "--out", "OUT"], "lineage.json: no such file"),
+        (["teach", "BASE", "--recipe", "mamba2", "--held-out", "t.txt", "--out", "OUT"], "--held-out goes with --as-run"),
         (["nope"], "No such command"),
     ],
     ids=lambda value: " ".join(value[:4]) if isinstance(value, list) else "",
@@ -224,6 +272,7 @@ def test_help_names_every_verb(capsys):
         "plan",
         "convert",
         "distill",
+        "teach",
         "eval",
         "gate",
         "bench",

@@ -1,5 +1,6 @@
-"""The verbs that make something: info, plan, convert, distill, run, demo, generate."""
+"""The verbs that make something: info, plan, convert, distill, teach, run, demo, generate."""
 
+import dataclasses
 import os
 from pathlib import Path
 from typing import Annotated, Any, Optional
@@ -20,6 +21,7 @@ from hybridize.cli.shared import (
     ResumeOpt,
     ScoresOpt,
     SetOpt,
+    TeacherOpt,
     cli,
 )
 from hybridize.errors import ConfigError
@@ -148,7 +150,7 @@ def distill(
     out: OutOpt,
     recipe: RecipeOpt = None,
     data: DataOpt = None,
-    teacher: Annotated[Optional[str], typer.Option(help="Default: the base that the hybrid's lineage names.")] = None,  # noqa: UP045
+    teacher: TeacherOpt = None,
     track: Annotated[Optional[str], typer.Option(help="A tracker for accelerate, such as tensorboard.")] = None,  # noqa: UP045
     token_cache: CacheOpt = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what it will cost, and load nothing.")] = False,
@@ -167,8 +169,9 @@ def distill(
     from hybridize.checkpoint import describe
     from hybridize.distill import distill as run_distill
     from hybridize.distill.cost import refuse, run_cost
-    from hybridize.distill.run import build_stages, teacher_of
+    from hybridize.distill.run import build_stages
     from hybridize.distill.sharding import asked_to_shard
+    from hybridize.distill.teachers import prepare
     from hybridize.pipeline import fitted, recall_of
     from hybridize.recipe import text_sources
 
@@ -181,7 +184,9 @@ def distill(
     shown = shared.screen.progress if main else None
     machine = shared.machine(memory_gb, mfu, peak_tflops, processes, asked_to_shard(shard))
     if main:
-        costs = run_cost(checkpoint, teacher_of(checkpoint, teacher), build_stages(stages), machine)
+        built = build_stages(stages)
+        taught = prepare(checkpoint, teacher, built, chosen.seed)
+        costs = run_cost(checkpoint, taught.model, built, machine, taught.cache)
         shared.show_cost(costs, machine)
         if dry_run:
             shared.screen.result(shared.plain(costs))
@@ -197,6 +202,70 @@ def distill(
 
 
 @cli.command()
+def teach(
+    checkpoint: DirArg,
+    out: OutOpt,
+    recipe: RecipeOpt = None,
+    data: DataOpt = None,
+    teacher: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="Directory of a model with the hybrid's tokenizer. Default: the base that its lineage names."),
+    ] = None,
+    keep: Annotated[
+        str,
+        typer.Option(help="hidden: final hidden states, lossless, for any loss over logits. top_k: the likeliest tokens."),
+    ] = "hidden",
+    k: Annotated[Optional[int], typer.Option("--k", help="How many of these. Default: as the recipe's losses have it.")] = None,  # noqa: UP045
+    as_run: Annotated[
+        bool, typer.Option("--as-run", help="Only the text that `hybridize run` trains on, as for its --data.")
+    ] = False,
+    held_out: Annotated[Optional[str], typer.Option(help="With --as-run: its --held-out.")] = None,  # noqa: UP045
+    token_cache: CacheOpt = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what it will take, and write nothing.")] = False,
+    resume: ResumeOpt = False,
+    set_: SetOpt = [],  # noqa: B006
+) -> None:
+    """Write what a teacher says of the text, once, for `distill --teacher CACHE` to read in place of the teacher.
+
+    A cache fits every run of the same text, seed, rows and tokenizer, whatever its hybrid. Stages that compare layers
+    (align) still read the base itself. Several processes: torchrun --nproc_per_node N -m hybridize teach DIR ...
+    """
+    from hybridize.checkpoint import describe
+    from hybridize.data import load_tokenizer
+    from hybridize.distill import plan_lesson
+    from hybridize.distill import teach as run_teach
+    from hybridize.eval.table import human_bytes
+    from hybridize.pipeline import fitted, split_text
+    from hybridize.recipe import text_sources
+
+    if held_out is not None and not as_run:
+        raise ConfigError("--held-out goes with --as-run; without it the cache is of all of --data, as `distill` trains on it")
+    found = describe(checkpoint)
+    chosen = shared.load(recipe, set_, found.config)
+    stages = fitted(chosen.distill, found.config)
+    lesson = plan_lesson(checkpoint, stages, teacher, keep, k, chosen.seed)
+    main = os.environ.get("RANK", "0") == "0"
+    if main:
+        rows = [["stage", "rows", "tokens", "bytes"]]
+        rows += [[need.name, f"{need.rows:,}", f"{need.tokens:,}", human_bytes(need.bytes)] for need in lesson.needs]
+        shared.screen.table(rows, f"{out} will hold {human_bytes(lesson.bytes)}")
+    result = {"out": str(out), "dry_run": dry_run, "bytes": lesson.bytes,
+              "stages": [dataclasses.asdict(need) for need in lesson.needs]}  # fmt: skip
+    if dry_run:
+        shared.screen.result(result)
+        return
+    text, shown = text_sources(chosen, data), shared.screen.progress if main else None
+    if as_run:
+        tokens = token_cache or out.with_name(f"{out.name}.tokens")
+        text, _ = split_text(load_tokenizer(checkpoint), text, held_out, chosen.data.held_out_share, tokens, shown)
+    run_teach(checkpoint, stages, text, out, teacher=teacher, keep=keep, k=k, resume=resume, seed=chosen.seed, progress=shown,
+              token_cache=token_cache)  # fmt: skip
+    if main:
+        shared.screen.say(f"wrote {out}; `hybridize distill ... --teacher {out}` reads it")
+        shared.screen.result(result)
+
+
+@cli.command()
 def run(
     recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe file, or the name of a built-in one.")],
     base: Annotated[str, typer.Option(help="Directory, hub id, alias, or 'demo'.")],
@@ -208,6 +277,7 @@ def run(
     memory_gb: MemoryOpt = None,
     mfu: MfuOpt = 0.4,
     peak_tflops: PeakOpt = 989.0,
+    teacher: TeacherOpt = None,
     resume: ResumeOpt = False,
     set_: SetOpt = [],  # noqa: B006
 ) -> None:
@@ -217,19 +287,19 @@ def run(
     """
     machine = shared.machine(memory_gb, mfu, peak_tflops)
     if dry_run:
-        _preview(recipe, set_, base, scores, machine)
+        _preview(recipe, set_, base, scores, machine, teacher)
     else:
-        _run(recipe, set_, base, data, out, held_out, resume, scores, machine)
+        _run(recipe, set_, base, data, out, held_out, resume, scores, machine, teacher)
 
 
-def _preview(recipe: str, set_: list[str], base: str, scores: Path | None, machine: Any) -> None:
+def _preview(recipe: str, set_: list[str], base: str, scores: Path | None, machine: Any, teacher: str | None) -> None:
     from hybridize.checkpoint import describe_base
     from hybridize.hub import resolve_base
     from hybridize.pipeline import preview
 
     folder = resolve_base(base, weights=False)
     chosen = shared.load(recipe, set_, describe_base(folder).config)
-    made, costs = preview(chosen, folder, machine, shared.read_scores(scores))
+    made, costs = preview(chosen, folder, machine, shared.read_scores(scores), teacher)
     shared.show_plan(made)
     shared.show_cost(costs, machine)
     shared.screen.result({"dry_run": True, "plan": made.to_dict(), "cost": shared.plain(costs)})
@@ -237,7 +307,7 @@ def _preview(recipe: str, set_: list[str], base: str, scores: Path | None, machi
 
 def _run(
     recipe: str, set_: list[str], base: str, data: str | None, out: Path, held_out: str | None, resume: bool,
-    scores: Path | None = None, machine: Any = None,
+    scores: Path | None = None, machine: Any = None, teacher: str | None = None,
 ) -> None:  # fmt: skip
     from hybridize.checkpoint import describe_base
     from hybridize.hub import resolve_base
@@ -254,7 +324,7 @@ def _run(
     folder = resolve_base(base)
     chosen = shared.load(recipe, set_, describe_base(folder).config)
     result = run_all(chosen, folder, data, out, held_out=held_out, resume=resume, progress=shared.screen.progress,
-                     scores=shared.read_scores(scores), machine=machine, announce=announce)  # fmt: skip
+                     scores=shared.read_scores(scores), machine=machine, announce=announce, teacher=teacher)  # fmt: skip
     shared.screen.say("")
     shared.screen.table(result.table())
     shared.screen.say(f"\nreport: {result.html}")

@@ -39,6 +39,10 @@ ScoresOpt = Annotated[Optional[Path], typer.Option("--scores", help="A scores.js
 MemoryOpt = Annotated[Optional[float], typer.Option(help="GB of a process's device. Default: what is here.")]  # noqa: UP045
 MfuOpt = Annotated[float, typer.Option(help="Share of the peak that hours are given at.")]
 PeakOpt = Annotated[float, typer.Option(help="The peak: dense bf16 of an H100 or H200.")]
+TeacherOpt = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option("--teacher", metavar="DIR|CACHE", help="A model, or what `teach` wrote. Default: the base of the lineage."),
+]
 OutOpt = Annotated[Path, typer.Option("--out", help="Where to write; must not exist yet.")]
 ResumeOpt = Annotated[bool, typer.Option("--resume", help="Go on with what a killed run left.")]
 

@@ -16,6 +16,8 @@ from hybridize.data.tokens import Tokens
 from hybridize.errors import DataError
 
 Documents = Literal["joined", "reset"]
+ROW_ORDER = 1
+"""Raised whenever the same seed and number would give another row than before: stored rows then no longer fit."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,19 +28,22 @@ class Batch:
     """[B, T], int64."""
     positions: Tensor | None = None
     """[B, T], int64, from 0 at each document's start; None is one document a row."""
+    numbers: Tensor | None = None
+    """[B], int64, on the CPU: each row's number in its stage, from 0; None for rows that are of no sequence."""
 
     def inputs(self) -> dict[str, Tensor]:
         """The arguments of a decoder. Without a mask and a cache it keeps documents apart by their positions."""
         return {"input_ids": self.ids} | ({} if self.positions is None else {"position_ids": self.positions})
 
     def to(self, device: torch.device) -> "Batch":
-        return Batch(self.ids.to(device), None if self.positions is None else self.positions.to(device))
+        return Batch(self.ids.to(device), None if self.positions is None else self.positions.to(device), self.numbers)
 
     def __len__(self) -> int:
         return len(self.ids)
 
     def __getitem__(self, rows: slice) -> "Batch":
-        return Batch(self.ids[rows], None if self.positions is None else self.positions[rows])
+        positions, numbers = (None if x is None else x[rows] for x in (self.positions, self.numbers))
+        return Batch(self.ids[rows], positions, numbers)
 
     def split(self, rows: int) -> Iterator["Batch"]:
         """Parts of at most so many rows, in order."""
@@ -139,19 +144,24 @@ class TrainBlocks:
 
     def batch(self, step: int) -> Batch:
         """The rows of one step, [rows, seq_tokens]."""
+        return self.take(step * self.rows, (step + 1) * self.rows)
+
+    def take(self, start: int, stop: int) -> Batch:
+        """Rows `start` to before `stop` of the whole sequence, which does not depend on how it is cut into steps."""
         found = []
-        for row in range(step * self.rows, (step + 1) * self.rows):
+        for row in range(start, stop):
             part, number = self.mixture.place(row)
             found.append(self.rings[part].row(number))
+        numbers = torch.arange(start, stop)
         ids = _with_bos(np.stack([ids for ids, _ in found]), self.bos_id)
         if self.documents == "joined":
-            return Batch(ids)
+            return Batch(ids, None, numbers)
         places = torch.arange(ids.shape[1]).expand_as(ids)
         begins = torch.zeros_like(ids)
         for row, (_, starts) in enumerate(found):
             at = torch.from_numpy(starts) + (self.bos_id is not None)
             begins[row, at] = at
-        return Batch(ids, places - begins.cummax(dim=1).values)
+        return Batch(ids, places - begins.cummax(dim=1).values, numbers)
 
 
 class _Joined:

@@ -55,7 +55,7 @@ class Align(StageOptions):
     def by_layers(self) -> bool:
         return self.parallel == "layers" and dist.is_initialized() and dist.get_world_size() > 1
 
-    def parts(self, trained: dict[str, nn.Parameter]) -> dict[str, dict[str, nn.Parameter]]:
+    def learners(self, trained: dict[str, nn.Parameter]) -> dict[str, dict[str, nn.Parameter]]:
         """Each layer is a problem of its own: no layer's gradient shortens or stops another's step."""
         found: dict[str, dict[str, nn.Parameter]] = {}
         for name, parameter in trained.items():

@@ -16,8 +16,9 @@ from hybridize.checkpoint import Described, describe, stored_dtype
 from hybridize.distill.adapters import Lora, targeted
 from hybridize.distill.align import aligned_layers
 from hybridize.distill.counting import Beside, Known, LayerCounter, Work, fake_tensors
-from hybridize.distill.losses import LOSSES
+from hybridize.distill.losses import LOSSES, asks_of_teacher
 from hybridize.distill.options import StageOptions
+from hybridize.distill.teacher_cache import TeacherCache
 from hybridize.errors import ConfigError
 
 H100_FLOPS = 989e12
@@ -165,7 +166,14 @@ def _fake(described: Any, options: StageOptions) -> Any:
 
 
 def stage_cost(
-    student: Any, teacher: Any, name: str, options: Any, trained_before: set[str], machine: Machine, known: Known | None = None
+    student: Any,
+    teacher: Any,
+    name: str,
+    options: Any,
+    trained_before: set[str],
+    machine: Machine,
+    known: Known | None = None,
+    cache: TeacherCache | None = None,
 ) -> tuple[StageCost, set[str]]:
     """The cost of one stage, and the names of the weights that it changes.
 
@@ -177,6 +185,7 @@ def stage_cost(
         trained_before: names that earlier stages trained, which are fp32 and no longer the teacher's.
         machine: what it runs on.
         known: what was counted for other stages of the run; added to.
+        cache: what stands in the teacher's place; then nothing of the teacher runs, and its head at most is in memory.
 
     Raises:
         ConfigError: as the stage itself does for globs that match nothing.
@@ -189,7 +198,9 @@ def stage_cost(
         for parameter in trained.values():
             parameter.data = parameter.data.float()
             parameter.requires_grad_(True)
-        theirs = dict(other.named_parameters(remove_duplicate=False)) if options.needs_teacher else {}
+        cache = cache if options.cacheable and options.needs_teacher else None
+        runs_teacher = options.needs_teacher and cache is None
+        theirs = dict(other.named_parameters(remove_duplicate=False)) if runs_teacher else {}
         apart, lent = [], {id(parameter) for parameter in other.parameters()}
         for key, parameter in own.named_parameters():
             twin = theirs.get(key)
@@ -204,7 +215,9 @@ def stage_cost(
                 changed or twin is None or twin.shape != parameter.shape or twin.dtype != parameter.dtype
             ):  # fmt: skip
                 apart.append(parameter)
-        frozen = (_bytes(other.parameters()) if options.needs_teacher else 0) + _bytes(apart)
+        frozen = (_bytes(other.parameters()) if runs_teacher else 0) + _bytes(apart)
+        if cache is not None:
+            frozen += cache.head_numbers * (4 if options.dtype == "fp32" else cache.head_dtype.itemsize)
         changes = set(trained)
         if options.lora is not None:
             lora = Lora(**options.lora)
@@ -214,8 +227,11 @@ def stage_cost(
             adapters = {key: p for key, p in own.named_parameters() if ".adapter." in key}
             # What leaves the stage is the projection with its adapter in it.
             trained, changes = trained | adapters, changes | {f"{target}.weight" for target in targets}
-        sized = _align_sizes if name == "align" else _whole_sizes
-        sizes, per_token = sized(own, other, options, {} if known is None else known)
+        counted = {} if known is None else known
+        if name == "align":
+            sizes, per_token = _align_sizes(own, other, options, counted)
+        else:
+            sizes, per_token = _whole_sizes(own, other, options, counted, cache)
         sizes = Sizes(**{**sizes, "frozen": frozen, "trained": _bytes(trained.values())})
         count = _numbers(trained.values())
     tokens = options.steps * options.step_tokens
@@ -252,7 +268,7 @@ def _align_sizes(own: Any, other: Any, options: Any, known: Known) -> tuple[dict
     return sizes, flops / options.seq_tokens
 
 
-def _whole_sizes(own: Any, other: Any, options: Any, known: Known) -> tuple[dict[str, Any], float]:
+def _whole_sizes(own: Any, other: Any, options: Any, known: Known, cache: TeacherCache | None) -> tuple[dict[str, Any], float]:
     autocast, tokens = options.dtype == "bf16", options.seq_tokens
     counter, teacher = (LayerCounter(model, tokens, autocast, known) for model in (own, other))
     works: list[Work] = []
@@ -265,50 +281,63 @@ def _whole_sizes(own: Any, other: Any, options: Any, known: Known) -> tuple[dict
         flops += sum(work.forward for work in works) / tokens
     losses = {spec["name"]: LOSSES.build(spec) for spec in options.losses}
     # (tokens of a chunk of logits, whether the teacher has logits too), for each loss over logits.
-    heads = [(loss.chunk_tokens, name != "cross_entropy") for name, loss in losses.items() if "head" in loss.needs]
-    with_teacher = options.needs_teacher and set(losses) != {"cross_entropy"}
+    heads = [
+        (loss.chunk_tokens, frozenset() not in asks_of_teacher(loss))
+        for loss in losses.values() if "head" in loss.needs
+    ]  # fmt: skip
+    with_teacher = options.needs_teacher
     if not losses:
         heads = [(options.chunk_tokens, with_teacher)]
-    if with_teacher:
+    their_head, told = other.lm_head.weight.numel(), other.config.hidden_size * (2 if autocast else 4)
+    if cache is not None:
+        their_head, told = cache.head_numbers, cache.token_bytes(options)
+    elif with_teacher:
         flops += sum(teacher.layer(index, False).forward for index in range(len(other.model.layers))) / tokens
     head = own.lm_head.weight
     fixed = 0.0
     for chunk, of_teacher in heads:
         # Logits, the gradient of what made them, and the head's own: 2 V D each; the teacher's logits.
-        flops += 2 * head.numel() * (2 + head.requires_grad) + (2 * other.lm_head.weight.numel() if of_teacher else 0)
+        flops += 2 * head.numel() * (2 + head.requires_grad) + (2 * their_head if of_teacher else 0)
         fixed = max(fixed, 4 * 4.0 * min(chunk, options.rows * tokens) * head.shape[0])
     fixed += (4.0 * head.numel() if head.requires_grad else 0.0) + sum(work.casts for work in works)
     hidden = tokens * own.config.hidden_size * (2 if autocast else 4)
     stream = tokens * own.config.hidden_size * counter.dtype.itemsize
-    final = 3.0 * hidden + (tokens * other.config.hidden_size * (2 if autocast else 4) if with_teacher else 0)
+    final = 3.0 * hidden + (tokens * told if with_teacher else 0)
     saved = [work.saved for work in works]
     sizes = {
         "saved_row": sum(saved) + final, "saved_row_checkpointed": len(saved) * stream + max(saved) + final, "fixed": fixed,
-        "largest_unit": sum(max(_units(model)[:-1]) + _units(model)[-1] for model in (own, other)),
+        "largest_unit": sum(max(_units(model)[:-1]) + _units(model)[-1] for model in ((own, other) if cache is None else (own,))),
     }  # fmt: skip
     return sizes, flops
 
 
 def run_cost(
-    student: Described | Path | str, teacher: Described | Path | str, stages: list[tuple[str, Any]], machine: Machine
+    student: Described | Path | str,
+    teacher: Described | Path | str,
+    stages: list[tuple[str, Any]],
+    machine: Machine,
+    cache: TeacherCache | None = None,
 ) -> list[StageCost]:
     """The cost of every stage of a run; reads config.json and headers only.
 
     Args:
         student: the hybrid's directory, or what a plan says of one that is not there yet.
-        teacher: its teacher, the same.
+        teacher: its teacher, the same; not read where no stage runs it.
         stages: (name, options) each.
         machine: what it runs on.
+        cache: what stands in for the teacher where it can.
 
     Raises:
         CheckpointError: a directory cannot be read.
         ConfigError: a stage does not fit the student.
     """
     student = student if isinstance(student, Described) else describe(student)
+    if not any(options.needs_teacher and not (cache is not None and options.cacheable) for _, options in stages):
+        teacher = student
     teacher = teacher if isinstance(teacher, Described) else describe(teacher)
     costs, before, known = [], set(), {}
     for name, options in stages:
-        cost, trained = stage_cost(student, teacher, name, options, before, machine, known)
+        cost, trained = stage_cost(student, teacher, name, options, before, machine, known, cache)
         costs.append(cost)
         before |= trained
     return costs

@@ -42,8 +42,11 @@ class Dpo(PostTraining):
                 f"beta is {self.beta} and label_smoothing {self.label_smoothing}, expected above 0, and from 0 to below a half"
             )
 
-    needs_teacher: ClassVar[bool] = True
     lanes: ClassVar[int] = 2
+
+    @property
+    def needs_teacher(self) -> bool:
+        return True
 
     @property
     def follows_itself(self) -> bool:

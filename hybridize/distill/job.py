@@ -8,17 +8,18 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer
 
 from hybridize.checkpoint import load_model, open_checkpoint
 from hybridize.core import read_json
-from hybridize.data import Mixture, Sources, Tokens, TrainBlocks
+from hybridize.data import Mixture, Sources, Tokens, TrainBlocks, load_tokenizer
 from hybridize.data.documents import SUFFIXES
 from hybridize.distill.chat import Examples
-from hybridize.distill.loop import Run
+from hybridize.distill.loop import Progress, Run, seed_of
 from hybridize.distill.posttrain import PostTraining, Recall, compare_recall, recall_path
 from hybridize.distill.rows import ChatBlocks, TextRows
 from hybridize.distill.stages import STAGES
+from hybridize.distill.teacher_cache import CachedSignals, TeacherCache, cached_stages, check_files, check_text
+from hybridize.distill.teachers import check_vocabulary
 from hybridize.errors import ConfigError, DataError
 from hybridize.storage import partial_folder, write_json
 
@@ -38,6 +39,18 @@ class Job:
     teacher: Path
     out: Path
     recall: Recall | None
+    cache: TeacherCache | None = None
+    """What stands in for the teacher in the stages that a cache can serve."""
+
+    def is_cached(self, options: Any) -> bool:
+        """Whether a cache stands in for a stage's teacher."""
+        return self.cache is not None and options.cacheable and options.needs_teacher
+
+    def teacher_for(self, options: Any) -> Path | None:
+        """The directory that a stage's teacher is loaded from, None where it loads none."""
+        if self.is_cached(options) or not options.needs_teacher:
+            return None
+        return self.student if options.follows_itself else self.teacher
 
     @property
     def scratch(self) -> Path:
@@ -116,8 +129,7 @@ def read_examples(student_dir: Path, stages: list[tuple[str, Any]], sources: lis
         if source is None:
             found.append(None)
             continue
-        tokenizer = AutoTokenizer.from_pretrained(student_dir, local_files_only=True, trust_remote_code=False)
-        examples = options.read(tokenizer, source)
+        examples = options.read(load_tokenizer(student_dir), source)
         if examples.highest_id >= vocabulary:
             raise ConfigError(f"{source}: token {examples.highest_id} is outside the student's vocabulary of {vocabulary}")
         found.append(examples)
@@ -178,7 +190,8 @@ def check_sizes(name: str, student: Any, teacher: Any, folders: tuple[Path, Path
         teacher: the teacher's.
         folders: of both, for messages.
     """
-    for size in ("hidden_size", "num_hidden_layers", "vocab_size") if name == "align" else ("vocab_size",):
+    check_vocabulary(*folders)
+    for size in ("hidden_size", "num_hidden_layers") if name == "align" else ():
         own, other = getattr(student, size), getattr(teacher, size)
         if own != other:
             raise ConfigError(f"stage {name!r}: {size} is {own} in {folders[0]} and {other} in {folders[1]}, expected equal")
@@ -200,3 +213,24 @@ def with_weights(model: Any, weights: dict[str, Tensor]) -> Any:
         for key, weight in weights.items():
             tensors[key].data = weight.to(tensors[key].device, copy=True)
     return model
+
+
+def check_cache(job: Job, seed: int, accelerator: Any, progress: Progress | None) -> None:
+    """Check a job's cache against its text, its bytes, and its first and last rows against the run's own; called by all.
+
+    Raises:
+        ConfigError: a cache of another text.
+        CheckpointError: of other rows, or changed since it was written.
+    """
+    if job.cache is None or not cached_stages(job.stages):
+        return
+    assert job.tokens is not None
+    check_text(job.cache, job.tokens)
+    main = accelerator.is_main_process
+    check_files(job.cache, accelerator.process_index, accelerator.num_processes, progress if main else None)
+    config = open_checkpoint(job.student).config
+    for number, _, options in cached_stages(job.stages):
+        blocks = blocks_of(job, number - 1, seed_of(seed, number - 1), config)
+        cached = CachedSignals(job.cache, number, torch.device("cpu"))
+        for row in (0, options.steps * options.step_rows - 1):
+            cached.rows(blocks.take(row, row + 1))

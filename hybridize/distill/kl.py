@@ -2,6 +2,7 @@
 
 import dataclasses
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -9,10 +10,12 @@ from torch import Tensor, nn
 
 from hybridize.capture import layer_outputs
 from hybridize.data import Batch
+from hybridize.distill.losses import LOSSES, asks_of_teacher
 from hybridize.distill.options import StageOptions, autocast, checkpoint_gradients, converted_layers
 from hybridize.distill.replacement import Replacement, lend_attention, lender
 from hybridize.distill.sharding import final_hidden, let_go
 from hybridize.distill.signals import Head, Signals
+from hybridize.distill.teacher_cache import CachedSignals
 from hybridize.errors import ConfigError
 from hybridize.registry import make
 
@@ -59,6 +62,14 @@ class KLStage(StageOptions):
         if self.replacement is not None:
             lend_attention(student, teacher, self.replacement.waiting(student), "kl")
 
+    @property
+    def cacheable(self) -> bool:
+        return self.replace is None
+
+    @property
+    def needs_teacher(self) -> bool:
+        return self.replace is not None or any(frozenset() not in asks_of_teacher(LOSSES.build(spec)) for spec in self.losses)
+
     def candidates(self, student: Any) -> dict[str, nn.Parameter]:
         """Every parameter but those of mixers that rest and of what stands in for them."""
         waiting = [] if self.replacement is None else self.replacement.waiting(student)
@@ -67,8 +78,16 @@ class KLStage(StageOptions):
         return {name: parameter for name, parameter in named if not name.startswith(resting) and lender(name) is None}
 
     def start(self, student: Any, teacher: Any, first: Batch) -> "KLStep":
-        """The step of this stage; `first` is not used: nothing is measured beforehand."""
+        """The step of this stage; `teacher` is a model, CachedSignals, or None where no loss asks it. `first` is not used."""
         return KLStep(self, student, teacher, "kl")
+
+
+def read_hidden(model: Any, batch: Batch, options: StageOptions) -> Tensor:
+    """Final hidden states as the losses over logits read them, [B, T, D], in the dtype that the stage runs in."""
+    with autocast(batch.ids.device, options):
+        hidden = final_hidden(model, batch)
+    # A residual stream in fp32 would take the head out of the tensor cores' reach.
+    return hidden.to(torch.bfloat16) if options.dtype == "bf16" else hidden
 
 
 class KLStep:
@@ -88,7 +107,7 @@ class KLStep:
         self.options, self.student, self.teacher, self.stage = options, student, teacher, stage
         self.losses = options.build_losses({"hidden", "head", "ids", "layers"} | further, stage)
         self.layers = self._chosen_layers()
-        self.needs_teacher = set(self.losses) != {"cross_entropy"}
+        self.taught = teacher.signals if isinstance(teacher, CachedSignals) else partial(self._signals, teacher)
         if options.gradient_checkpointing:
             checkpoint_gradients(student)
 
@@ -110,11 +129,11 @@ class KLStep:
         return sorted({index for loss in asking for index in loss.chosen(depth, converted)})
 
     def _signals(self, model: Any, batch: Batch) -> Signals:
-        with layer_outputs(model, self.layers) as layers, autocast(batch.ids.device, self.options):
-            hidden = final_hidden(model, batch)
-        # A residual stream in fp32 would take the head out of the tensor cores' reach.
-        hidden = hidden.to(torch.bfloat16) if self.options.dtype == "bf16" else hidden
-        head = Head(weight=model.lm_head.weight)
+        with layer_outputs(model, self.layers) as layers:
+            hidden = read_hidden(model, batch, self.options)
+        weight, rows = model.lm_head.weight, self.student.config.vocab_size
+        # A teacher's head may have more rows than there are tokens.
+        head = Head(weight=weight if len(weight) == rows else weight[:rows])
         return Signals(hidden=hidden, head=head, ids=batch.ids, positions=batch.positions, layers=layers)
 
     def __call__(self, batch: Batch, share: float) -> dict[str, Tensor]:
@@ -128,7 +147,7 @@ class KLStep:
             Losses: each by name, and their weighted sum under `loss`.
         """
         with torch.no_grad():
-            teacher = self._signals(self.teacher, batch) if self.needs_teacher else Signals()
+            teacher = self.taught(batch) if self.options.needs_teacher else Signals()
         student = self._signals(self.student, batch)
         parts = {name: loss(student, teacher, None) for name, loss in self.losses.items()}
         total = torch.stack([loss.weight * parts[name] for name, loss in self.losses.items()]).sum()

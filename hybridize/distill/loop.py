@@ -210,7 +210,7 @@ def train(
     """
     optimizer = options.optimizer(trained)
     restore_moments(trained, optimizer, start.moments)
-    parts = options.parts(trained if shares is None else shares.parameters)
+    parts = options.learners(trained if shares is None else shares.parameters)
     guards = {loss: start.guards.get(loss, Guard()) for loss in parts}
     before = passes[0] * options.steps
     last_save = f"step {start.position.step}" if start.position.step else "the start of the stage"

@@ -66,7 +66,8 @@ class StageOptions:
 
     TRAINS: ClassVar[list[str]] = ["*"]
     """What `train` of None means without adapters."""
-    needs_teacher: ClassVar[bool] = True
+    cacheable: ClassVar[bool] = False
+    """Whether a cache of the teacher's logits can stand in for it."""
     follows_itself: ClassVar[bool] = False
     """Whether the teacher is the student as the stage finds it."""
     divides: ClassVar[bool] = True
@@ -97,11 +98,15 @@ class StageOptions:
             raise ConfigError(f"save_tokens is {self.save_tokens}, expected at least 1 or null")
 
     @property
+    def needs_teacher(self) -> bool:
+        return True
+
+    @property
     def by_layers(self) -> bool:
         """Whether processes share out layers in place of rows."""
         return False
 
-    def parts(self, trained: dict[str, nn.Parameter]) -> dict[str, dict[str, nn.Parameter]]:
+    def learners(self, trained: dict[str, nn.Parameter]) -> dict[str, dict[str, nn.Parameter]]:
         """What learns apart from the rest, by the name of its loss: each part is clipped and judged alone."""
         return {"loss": trained}
 

@@ -49,7 +49,6 @@ class PostTraining(StageOptions, ABC):
     chunk_tokens: int = 256
     """Tokens whose logits exist at once."""
 
-    needs_teacher: ClassVar[bool] = False
     divides: ClassVar[bool] = False
     packs: ClassVar[bool] = False
     """Whether a row holds several texts."""
@@ -64,6 +63,10 @@ class PostTraining(StageOptions, ABC):
             raise ConfigError(
                 f"chunk_tokens is {self.chunk_tokens} and recall_fall {self.recall_fall}; expected at least 1, and >= 0 or null"
             )
+
+    @property
+    def needs_teacher(self) -> bool:
+        return False
 
     def candidates(self, student: Any) -> dict[str, nn.Parameter]:
         """Every parameter."""

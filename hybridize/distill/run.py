@@ -12,16 +12,16 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
-from transformers import AutoTokenizer
 
 from hybridize.checkpoint import load_model, open_checkpoint, save_changed
 from hybridize.core import digest
-from hybridize.data import Mixture, Sources, Tokens, read_tokens
+from hybridize.data import Mixture, Sources, Tokens, load_tokenizer, read_tokens
 from hybridize.distill.adapters import Lora, inject, is_adapter, merged, targeted, watched
 from hybridize.distill.disk import DiskStage
 from hybridize.distill.job import (
     Job,
     blocks_of,
+    check_cache,
     check_sizes,
     measure_recall,
     read_examples,
@@ -38,6 +38,8 @@ from hybridize.distill.sharded_saves import latest_folder, names_of, read_about,
 from hybridize.distill.sharding import asked_to_shard, check_divisible, load_sharded_pair, make_mesh
 from hybridize.distill.stages import STAGES
 from hybridize.distill.streams import disk_folder, on_disk, reached
+from hybridize.distill.teacher_cache import CachedSignals
+from hybridize.distill.teachers import Teacher, prepare
 from hybridize.errors import ConfigError
 from hybridize.lineage import is_complete, read_lineage
 from hybridize.shards import OnDemand
@@ -68,7 +70,8 @@ def distill(
         text: what to train on, all of it: a source as `data.read_documents` takes it, several as {source: weight}, or tokens;
             None where every stage has `data` of its own.
         out: the output directory; must not exist. Its `<out>.metrics.jsonl` appears beside it.
-        teacher: a directory; None is the base that the student's lineage names.
+        teacher: a model's directory, or a cache that `teach` wrote, for stages of losses over logits; None is the base that the
+            student's lineage names, which other stages read beside a cache.
         resume: go on with what a killed run left.
         seed: of data order and dropout.
         progress: called with (label, tokens done, tokens in all) after each step.
@@ -98,7 +101,7 @@ def distill(
     student_dir, out = Path(student_dir), Path(out).absolute()
     open_checkpoint(student_dir)
     lineage = read_lineage(student_dir)
-    teacher_dir = teacher_of(student_dir, teacher)
+    taught = prepare(student_dir, teacher, built, seed)
     accelerator = _accelerator(tracker, out)
     if (shard or accelerator.num_processes > 1) and any(on_disk(options) for _, options in built):
         how = "--shard" if shard else f"{accelerator.num_processes} processes"
@@ -115,7 +118,7 @@ def distill(
     specs = [STAGES.spec(name, options) for name, options in built]
     record = {
         "stages": specs, "seed": seed, "text": None if tokens is None else tokens.sha256,
-        "student": _fingerprint(student_dir), "teacher": _fingerprint(teacher_dir),
+        "student": _fingerprint(student_dir), **_record_of(taught, built),
     }  # fmt: skip
     if any(found is not None for found in examples):
         record["examples"] = [None if found is None else found.sha256 for found in examples]
@@ -125,12 +128,14 @@ def distill(
             shutil.rmtree(partial_folder(out))
         return out
     main = accelerator.is_main_process
+    job = Job(
+        stages=built, examples=examples, tokens=tokens, student=student_dir, teacher=taught.model, out=out, recall=recall,
+        cache=taught.cache,
+    )  # fmt: skip
+    check_cache(job, seed, accelerator, progress)
     # A run that stopped at a spike is the same job when it goes on past it.
     identity = {**record, "stages": [{key: spec[key] for key in spec if key != "on_spike"} for spec in specs]}
     with Staging(out, resume, digest(identity)) if main else contextlib.nullcontext() as staging:
-        job = Job(
-            stages=built, examples=examples, tokens=tokens, student=student_dir, teacher=teacher_dir, out=out, recall=recall
-        )
         state = _train_all(accelerator, job, seed, progress, shard)
         if staging is not None:
             assert state is not None
@@ -152,11 +157,6 @@ def build_stages(stages: list[dict[str, Any]]) -> list[tuple[str, Any]]:
     return wanted(stages)
 
 
-def teacher_of(student_dir: Path, teacher: str | Path | None) -> Path:
-    """The teacher that was given, or the base that the student's lineage names."""
-    return Path(teacher if teacher is not None else read_lineage(student_dir)["base"]["location"])
-
-
 def _accelerator(tracker: Any, out: Path) -> Accelerator:
     try:
         accelerator = Accelerator(
@@ -176,14 +176,22 @@ def _accelerator(tracker: Any, out: Path) -> Accelerator:
 
 
 def _read(student_dir: Path, text: Sources, cache: Path, progress: Progress | None) -> Tokens | Mixture:
-    tokenizer = AutoTokenizer.from_pretrained(student_dir, local_files_only=True, trust_remote_code=False)
-    return read_tokens(tokenizer, text, cache, progress)
+    return read_tokens(load_tokenizer(student_dir), text, cache, progress)
 
 
 def _fingerprint(folder: Path) -> str:
     """Hash of a directory's weights where its lineage knows them, and of its config and headers."""
     files = read_lineage(folder)["files"] if is_complete(folder) else {}
     return digest([open_checkpoint(folder).hash, files])
+
+
+def _record_of(taught: Teacher, built: list[tuple[str, Any]]) -> dict[str, Any]:
+    """What the run's record says of its teacher; with a cache, which one, and the model of the stages that it does not serve."""
+    if taught.cache is None:
+        return {"teacher": _fingerprint(taught.model)}
+    record = {"teacher": taught.cache.manifest["teacher"]["fingerprint"], "cache": taught.cache.hash}
+    beside = any(options.needs_teacher and not options.cacheable for _, options in built)
+    return {**record, "model": _fingerprint(taught.model)} if beside else record
 
 
 def _train_all(accelerator: Accelerator, job: Job, seed: int, progress: Progress | None, shard: bool) -> State | None:
@@ -260,15 +268,17 @@ def _train_stage(run: Run, job: Job, index: int, state: State) -> dict[str, Tens
         before = start_weights(run.scratch, state, run.accelerator.is_main_process, run.accelerator.wait_for_everyone)
         measure_recall(run, job, index, "before", before)
     if run.mesh is None:
-        teacher_dir, teacher_weights = (job.student, before) if options.follows_itself else (job.teacher, {})
         student, teacher, trained = load_pair(
-            job.student, teacher_dir, options, name, state.weights, device, teacher_weights, seed_of(run.seed, index)
-        )
+            job.student, job.teacher_for(options), options, name, state.weights, device,
+            before if options.follows_itself else {}, seed_of(run.seed, index),
+        )  # fmt: skip
         carried = {key: value for key, value in state.weights.items() if key not in trained and not is_adapter(key)}
     else:
         folder = latest_folder(run.scratch)
         kept = names_of(folder) if folder is not None else set()
-        student, teacher, trained = load_sharded_pair(job.student, job.teacher, options, name, kept, device, run.mesh)
+        student, teacher, trained = load_sharded_pair(
+            job.student, job.teacher_for(options), options, name, kept, device, run.mesh
+        )
         own = dict(student.named_parameters())
         carried = {key: own[key].detach() for key in kept if key not in trained}
         if folder is not None:
@@ -279,6 +289,9 @@ def _train_stage(run: Run, job: Job, index: int, state: State) -> dict[str, Tens
         trained = shares.own
         state = dataclasses.replace(state, moments={key: own for key, own in state.moments.items() if key in trained})
     blocks = blocks_of(job, index, seed_of(run.seed, index), student.config)
+    if job.is_cached(options):
+        assert job.cache is not None
+        teacher = CachedSignals(job.cache, index + 1, device)
     micro_step = options.start(student, teacher, blocks.batch(0)[: options.rows].to(device))
     adapters = {key: parameter for key, parameter in trained.items() if is_adapter(key)}
     if adapters:
@@ -304,14 +317,14 @@ def _train_stage(run: Run, job: Job, index: int, state: State) -> dict[str, Tens
 
 
 def load_pair(
-    student_dir: Path, teacher_dir: Path, options: Any, name: str, weights: Mapping[str, Tensor], device: torch.device,
+    student_dir: Path, teacher_dir: Path | None, options: Any, name: str, weights: Mapping[str, Tensor], device: torch.device,
     teacher_weights: dict[str, Tensor] | None = None, seed: int = 0,
 ) -> tuple[Any, Any, dict[str, nn.Parameter]]:  # fmt: skip
     """Student and teacher as a stage needs them: what is trained in fp32, what is frozen and equal held once.
 
     Args:
         student_dir: the hybrid.
-        teacher_dir: its teacher; not read when the stage has no use for one.
+        teacher_dir: its teacher; None for a stage without one.
         options: the stage's; its dtype is that of the frozen weights (bf16: as stored).
         name: the stage's, for messages.
         weights: what earlier steps made of some of the student's parameters and adapters.
@@ -328,8 +341,9 @@ def load_pair(
     """
     dtype = torch.float32 if options.dtype == "fp32" else None
     student = load_model(student_dir, dtype)
-    teacher: Any = load_model(teacher_dir, dtype) if options.needs_teacher else None
-    if teacher is not None:
+    teacher: Any = None
+    if teacher_dir is not None and options.needs_teacher:
+        teacher = load_model(teacher_dir, dtype)
         check_sizes(name, student.config, teacher.config, (student_dir, teacher_dir))
     # What the stage adds to the student comes first into being, then gets its values.
     added = weights.keys() - tensors_of(student).keys()

@@ -30,6 +30,7 @@ from hybridize.data import Batch
 from hybridize.distill.losses import LOSSES
 from hybridize.distill.options import converted_layers
 from hybridize.distill.replacement import lender
+from hybridize.distill.teachers import check_vocabulary
 from hybridize.errors import ConfigError
 
 log = logging.getLogger(__name__)
@@ -207,7 +208,7 @@ def fill(
 
 
 def load_sharded_pair(
-    student_dir: Path, teacher_dir: Path, options: Any, name: str, kept: set[str], device: torch.device, mesh: DeviceMesh
+    student_dir: Path, teacher_dir: Path | None, options: Any, name: str, kept: set[str], device: torch.device, mesh: DeviceMesh
 ) -> tuple[Any, Any, dict[str, nn.Parameter]]:
     """As run.load_pair, divided over the processes of `mesh`; the values of `kept` are for the training state to bring.
 
@@ -216,8 +217,12 @@ def load_sharded_pair(
         ConfigError: a glob of `train` matches nothing.
     """
     dtype = torch.float32 if options.dtype == "fp32" else None
-    opened = open_checkpoint(student_dir), open_checkpoint(teacher_dir)
-    student, teacher = (empty_model(found, dtype) for found in opened)
+    opened = open_checkpoint(student_dir)
+    found = None if teacher_dir is None else open_checkpoint(teacher_dir)
+    student, teacher = empty_model(opened, dtype), None
+    if teacher_dir is not None and found is not None:
+        check_vocabulary(student_dir, teacher_dir)
+        teacher = empty_model(found, dtype)
     options.prepare(student, teacher)
     trained = options.choose(options.candidates(student), name)
     options.check_rates(trained, name)
@@ -228,8 +233,8 @@ def load_sharded_pair(
     if name == "align":
         shard_for_align(student, teacher, options, mesh)
     else:
-        shard_whole(student, mesh)
-        shard_whole(teacher, mesh)
+        for model in (student, teacher) if teacher is not None else (student,):
+            shard_whole(model, mesh)
     for module in student.modules():
         if isinstance(module, FSDPModule):
             _sum_gradients(module)
@@ -237,14 +242,17 @@ def load_sharded_pair(
         _sum_gradients(student.sharded_decoder[0])
     layers = [f"model.layers.{index}." for index in converted_layers(student)] if name == "align" else []
     norms = ("input_layernorm.weight", "post_attention_layernorm.weight")
-    fill(teacher, opened[1], mesh, device, lambda key: name != "align", set(), {})
+    twins: dict[str, Tensor] = {}
+    if teacher is not None and found is not None:
+        fill(teacher, found, mesh, device, lambda key: name != "align", set(), {})
+        twins = dict(teacher.eval().named_parameters(remove_duplicate=False))
     saved = fill(
-        student, opened[0], mesh, device, lambda key: any(key.startswith(p) and key.endswith(norms) for p in layers), kept,
-        dict(teacher.named_parameters(remove_duplicate=False)), opened[1],
+        student, opened, mesh, device, lambda key: any(key.startswith(p) and key.endswith(norms) for p in layers), kept, twins,
+        found,
     )  # fmt: skip
     log.info("distill: %.1f MB of this process's frozen weights are shared with the teacher", saved / 1e6)
     own = dict(student.named_parameters())
-    return student.train(), teacher.eval(), {key: own[key] for key in trained}
+    return student.train(), teacher, {key: own[key] for key in trained}
 
 
 def _sum_gradients(module: FSDPModule) -> None:

@@ -23,6 +23,18 @@ class Head:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
+class TopK:
+    """What is left of next-token distributions that were cut to their likeliest tokens."""
+
+    ids: Tensor
+    """The k likeliest tokens, the likeliest first, [..., k], int32 or int64."""
+    log_probs: Tensor
+    """Their log-probabilities under the whole distribution, [..., k], fp32 (fp64 for fp64 logits)."""
+    log_rest: Tensor
+    """Log of the probability of all other tokens together, [..., 1], like `log_probs`."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Signals:
     """One model's side of a comparison; a stage fills in what its losses need."""
 
@@ -41,6 +53,8 @@ class Signals:
     gates: list[Tensor] | None = None
     """Of each layer that has some, the gates that are being learnt, [G] each."""
     head: Head | None = None
+    top_k: TopK | None = None
+    """Next-token distributions, cut; [B, T, ...] each."""
     ids: Tensor | None = None
     """The tokens that were read, [B, T], int64."""
     positions: Tensor | None = None

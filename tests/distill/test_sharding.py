@@ -110,7 +110,7 @@ import json, os, sys, torch
 torch.set_num_threads(1)
 from hybridize.distill import distill
 from tests.distill.pair import tiny_tokens
-student, out, stop, stages, shard = sys.argv[1:]
+student, out, stop, stages, shard, teacher = sys.argv[1:]
 stop = int(stop)
 def progress(label, done, total):
     global stop
@@ -118,15 +118,16 @@ def progress(label, done, total):
     if stop == 0:
         os.kill(os.getpid(), 15)
 text = tiny_tokens()
-distill(student, json.loads(stages), text, out, resume=True, progress=progress, shard=shard == "True")
+distill(student, json.loads(stages), text, out, resume=True, progress=progress, shard=shard == "True", teacher=teacher or None)
 """
 
 
-def launch(count, student, out, stop_after, stages, shard):
+def launch(count, student, out, stop_after, stages, shard, teacher=None):
     """Start so many processes; each asks itself to stop after so many steps, 0 for never."""
     command = [
         sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(count), "--no-python",
         sys.executable, "-c", WORKER, str(student), str(out), str(stop_after), json.dumps(stages), str(shard),
+        str(teacher or ""),
     ]  # fmt: skip
     return subprocess.run(
         command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}, capture_output=True, text=True,

@@ -1,5 +1,7 @@
 """What is minimised: one file each, computed in fp32, as a mean over the tokens that count."""
 
+from typing import Any
+
 from hybridize.registry import Registry
 
 LOSSES = Registry(
@@ -18,3 +20,8 @@ LOSSES = Registry(
         "cross_entropy": "hybridize.distill.losses.cross_entropy:CrossEntropy",
     },
 )
+
+
+def asks_of_teacher(loss: Any) -> tuple[frozenset[str], ...]:
+    """Sets of the teacher's signals, any one of which is enough for a loss; an empty set is a loss without a teacher."""
+    return getattr(loss, "of_teacher", (loss.needs,))

@@ -117,10 +117,19 @@ def select(x_BTD: Tensor, mask_BT: Tensor | None) -> Tensor:
     return x_BTD.flatten(0, 1) if mask_BT is None else x_BTD[mask_BT]
 
 
-def _head_loss(x_ND: Tensor, head: Head, rows: RowLoss, chunk: int) -> Tensor:
+def head_loss(x_ND: Tensor, head: Head, rows: RowLoss, chunk: int) -> Tensor:
+    """Mean of a loss over N tokens, which `rows` gives for a chunk's logits with its slope in them; scalar, fp32 or fp64."""
     # Autocast would turn the fp32 products into bf16 ones.
     with torch.autocast(x_ND.device.type, enabled=False):
         return _HeadLoss.apply(x_ND, head.weight, head, rows, chunk, torch.is_grad_enabled())
+
+
+def each_logits(x_ND: Tensor, head: Head, chunk: int) -> Iterator[Tensor]:
+    """Logits of `chunk` tokens at a time, [n, V], as a divergence makes them of a teacher: fp32 (fp64 for fp64), no gradient."""
+    weight = _operand(head.weight, x_ND)
+    for start in range(0, len(x_ND), chunk):
+        with torch.autocast(x_ND.device.type, enabled=False):
+            yield _logits(x_ND[start : start + chunk].detach(), weight, head)
 
 
 def softmax(logits: Tensor) -> tuple[Tensor, Tensor]:
@@ -167,7 +176,7 @@ def linear_divergence(
         loss, slope = divergence(t, s, at)
         return loss * temperature**2, slope.mul_(temperature)
 
-    return _head_loss(select(student.hidden, mask_BT), student.head, rows, chunk_tokens)
+    return head_loss(select(student.hidden, mask_BT), student.head, rows, chunk_tokens)
 
 
 def linear_cross_entropy(
@@ -196,4 +205,4 @@ def linear_cross_entropy(
         loss = (q_sum - s.gather(-1, place)).squeeze(-1)
         return loss, q.scatter_add_(-1, place, q.new_full(place.shape, -1.0))
 
-    return _head_loss(select(hidden_BTD, mask_BT), head, rows, chunk_tokens)
+    return head_loss(select(hidden_BTD, mask_BT), head, rows, chunk_tokens)

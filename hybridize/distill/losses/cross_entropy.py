@@ -18,6 +18,7 @@ class CrossEntropy:
     """Tokens whose logits exist at once."""
 
     needs = frozenset({"hidden", "head", "ids"})
+    of_teacher = (frozenset(),)
 
     def __post_init__(self) -> None:
         if self.chunk_tokens < 1:
