@@ -10,9 +10,13 @@ from pathlib import Path
 
 import pytest
 
+from hybridize.checkpoint import describe_base
 from hybridize.core import read_json
-from hybridize.recipe import load_recipe
+from hybridize.distill.cost import Machine
+from hybridize.pipeline import preview
+from hybridize.recipe import builtin_recipes, load_recipe
 from hybridize.storage import file_sha256, partial_folder
+from tests.tiny import tiny_base
 
 pytestmark = pytest.mark.slow
 
@@ -148,3 +152,15 @@ def test_a_run_that_is_killed_amid_training_ends_as_one_that_is_not(recipe, serv
     assert list((partial_folder(work / "distilled") / "scratch").glob("state-*"))
     assert run([*words_of(recipe, texts, work), "--resume"]) == 0, tail()
     same_run(work, whole)
+
+
+@pytest.mark.parametrize("recipe", builtin_recipes())
+def test_every_recipe_says_what_it_costs(recipe, tmp_path):
+    base = tiny_base("llama", tmp_path, num_hidden_layers=4)
+    short = [f"distill.{i}.{key}={value}" for i in range(len(load_recipe(recipe).distill))
+             for key, value in {"tokens": 2048, "seq_tokens": 32, "rows": 2, "accumulate": 1}.items()]  # fmt: skip
+    chosen = load_recipe(recipe, short, describe_base(base).config)
+    plan, costs = preview(chosen, base, Machine(bytes_each=1e9))
+    assert len(plan.layers) == 4
+    assert [cost.name for cost in costs] == [stage["name"] for stage in chosen.distill if not stage.get("optional")]
+    assert all(cost.flops > 0 and not cost.advice for cost in costs)

@@ -35,14 +35,9 @@ def bases(tmp_path_factory):
     return {family: tiny_base(family, root) for family in FAMILIES}
 
 
-@pytest.fixture(scope="module")
-def configs(bases):
-    return {family: AutoConfig.from_pretrained(path) for family, path in bases.items()}
-
-
-def build(configs, family, name, keep=(1,), **options):
+def build(bases, family, name, keep=(1,), **options):
     """A hybrid with random weights: `name` everywhere but on the layers of `keep`, and on layer 0 where it needs one below."""
-    config = configs[family]
+    config = AutoConfig.from_pretrained(bases[family])
     spec = {"name": name, **SMALL.get(name, {}), **options}
     specs = [{"name": "attention"} if i in keep else spec for i in range(config.num_hidden_layers)]
     specs[0] = BELOW.get(name, specs[0])
@@ -55,8 +50,8 @@ def build(configs, family, name, keep=(1,), **options):
 
 
 @pytest.fixture(scope="module", params=CASES, ids=lambda c: "-".join(c))
-def model(request, configs):
-    return build(configs, *request.param)
+def model(request, bases):
+    return build(bases, *request.param)
 
 
 @pytest.fixture(scope="module")
@@ -211,8 +206,8 @@ def test_unfit_input_is_refused(model, ids):
 
 
 @pytest.mark.parametrize("name", [n for n in MIXERS.names() if n != "attention"])
-def test_every_layer_may_be_converted(configs, ids, name):
-    model = build(configs, "llama", name, keep=())
+def test_every_layer_may_be_converted(bases, ids, name):
+    model = build(bases, "llama", name, keep=())
     out, cache = in_chunks(model, ids, (9, 1, 10))
     assert torch.allclose(out, logits(model, ids), atol=ATOL)
     assert cache.get_seq_length() == 20
@@ -240,9 +235,9 @@ def test_wide_window_is_the_base(bases, ids, family):
         assert torch.allclose(logits(hybrid, ids), logits(base, ids), atol=ATOL) is equal
 
 
-def test_long_streaming_text_is_the_dense_mask(configs):
+def test_long_streaming_text_is_the_dense_mask(bases):
     """Blocks of queries against their slices of keys, against one mask over all."""
-    model = build(configs, "llama", "streaming", keep=(), sink_tokens=3, window_tokens=70)
+    model = build(bases, "llama", "streaming", keep=(), sink_tokens=3, window_tokens=70)
     long = torch.randint(3, 64, (1, 600), generator=torch.Generator().manual_seed(4))
     plain = logits(model, long)
     # One segment id for all takes the general path, whose mask is over every key.
