@@ -12,6 +12,7 @@ import pytest
 
 from hybridize.storage import file_sha256, partial_folder
 from tests.distill.chats import chat_pair, write_chats, write_pairs
+from tests.distill.test_distill import STAGES
 
 ROOT = Path(__file__).parents[1]
 
@@ -22,11 +23,11 @@ torch.set_num_threads(1)
 from hybridize.distill import distill
 from tests.distill.pair import tiny_tokens
 from tests.distill.test_distill import STAGES
-from tests.test_kill_distill import after
+from tests.test_kill_distill import after, from_disk
 tokens = tiny_tokens()
 for line in sys.stdin:
     kind, student, out = line.split()
-    stages = {"distill": lambda: STAGES, "after": lambda: after(student)}[kind]()
+    stages = {"distill": lambda: STAGES, "after": lambda: after(student), "disk": from_disk}[kind]()
     child = os.fork()
     if child == 0:
         # With what measures recall: a stopped run must not measure it again on other weights.
@@ -51,6 +52,12 @@ def after(student):
         {"name": "dpo", "tokens": 4 * 128, "seq_tokens": 32, "rows": 2, "lr": 1e-2, "save_tokens": 128, "lora": lora,
          "data": str(data / "pairs.jsonl")},
     ]  # fmt: skip
+
+
+def from_disk():
+    """A stage layer by layer, another one on what it made, and one that holds the model again."""
+    align = {**STAGES[0], "engine": "disk", "save_tokens": 64}
+    return [align, {**align, "losses": [{"name": "mixer_output"}]}, STAGES[1]]
 
 
 class Server:
@@ -91,7 +98,7 @@ def server(tmp_path_factory):
         server.close()
 
 
-@pytest.fixture(scope="module", params=["distill", "after"])
+@pytest.fixture(scope="module", params=["distill", "after", pytest.param("disk", marks=pytest.mark.slow)])
 def campaign(request, server, tmp_path_factory):
     folder = tmp_path_factory.mktemp("kill")
     _, student = chat_pair(folder)

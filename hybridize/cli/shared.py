@@ -102,5 +102,7 @@ def show_cost(costs: list[Any], machine: Any) -> None:
     screen.table(rows, f"memory of each of {machine.processes} process(es){', sharded' if machine.sharded else ''}")
     screen.say(f"GPU-hours at {machine.mfu:.0%} of {machine.peak_flops / 1e12:g} TFLOP/s, all GPUs together")
     for cost in costs:
+        if cost.disk_bytes:
+            screen.say(f"{cost.name}: one layer in memory, {cost.disk_bytes / 1e9:.3f} GB of files beside the output meanwhile")
         if cost.advice:
             screen.say(f"{cost.name}: {cost.advice}")
