@@ -140,6 +140,7 @@ def test_a_wrong_stream_or_memory_would_show(readers, whole, tmp_path, monkeypat
     assert all(".layers.2." in name for name in changed)
 
 
+@pytest.mark.slow
 def test_a_file_that_was_cut_or_removed_is_named(readers, tmp_path):
     out = tmp_path / "out"
     with pytest.raises(Stop):
