@@ -6,14 +6,22 @@ Ratios, each of the shortest of several interleaved measurements: `align_over_ce
 (forward, backward, update) of the two stages over a plain cross-entropy step of the same hybrid, half of whose layers are
 converted (`..._over_base_ce`: of the base); `fused_<loss>_time` and `..._peak` are each chunked divergence over the dense KL,
 forward and backward; `over_trainer` is our loop over Trainer.
+
+`align_disk_peak_ratio` is the peak of anonymous memory of a whole distill with `engine: disk`, of a student of 16 layers over
+one of 4 (`..._above_start`: less what the process had before it), `align_memory_activations_ratio` the same of `engine:
+memory` less weights, gradients and moments, while it trains. `align_disk_over_memory_cpu` is processor time of the two
+engines, 4 layers, shortest of two. Each run is a process of its own. `--only engines` measures nothing else.
 """
 
 import argparse
 import json
 import logging
+import os
 import resource
+import subprocess
 import sys
 import tempfile
+import threading
 import time
 from functools import partial
 from pathlib import Path
@@ -27,24 +35,28 @@ import torch.nn.functional as F  # noqa: E402
 from accelerate import Accelerator  # noqa: E402
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments  # noqa: E402
 
+from hybridize.checkpoint import save_checkpoint  # noqa: E402
 from hybridize.data import Batch, Tokens, TrainBlocks  # noqa: E402
+from hybridize.distill import distill  # noqa: E402
 from hybridize.distill.align import Align  # noqa: E402
+from hybridize.distill.cost import Machine, run_cost  # noqa: E402
 from hybridize.distill.kl import KLStage  # noqa: E402
 from hybridize.distill.loop import Run, train  # noqa: E402
 from hybridize.distill.losses import LOSSES  # noqa: E402
-from hybridize.distill.run import share_frozen  # noqa: E402
+from hybridize.distill.run import build_stages, share_frozen  # noqa: E402
 from hybridize.distill.saves import Position, State  # noqa: E402
 from hybridize.distill.signals import Head, Signals  # noqa: E402
 from hybridize.modeling import build_model, hybrid_config  # noqa: E402
+from hybridize.storage import Staging  # noqa: E402
 
 log = logging.getLogger("bench")
 
 LAYERS, SEQ, ROWS, VOCAB = 8, 256, 2, 2048
 
 
-def config(hidden: int) -> LlamaConfig:
+def config(hidden: int, layers: int = LAYERS) -> LlamaConfig:
     return LlamaConfig(
-        vocab_size=VOCAB, hidden_size=hidden, intermediate_size=3 * hidden, num_hidden_layers=LAYERS, num_attention_heads=8,
+        vocab_size=VOCAB, hidden_size=hidden, intermediate_size=3 * hidden, num_hidden_layers=layers, num_attention_heads=8,
         num_key_value_heads=4, head_dim=hidden // 8, max_position_embeddings=1024, dtype="float32",
     )  # fmt: skip
 
@@ -217,6 +229,81 @@ def over_trainer(hidden: int, steps: int, repeats: int) -> dict[str, float]:
     return {"over_trainer": min(times["ours"]) / min(times["theirs"])}
 
 
+ENGINE_STEPS = 8
+
+
+def engine_stage(engine: str) -> dict:
+    return {"name": "align", "tokens": ENGINE_STEPS * SEQ * ROWS, "seq_tokens": SEQ, "rows": ROWS, "engine": engine}
+
+
+def engine_child(engine: str, folder: Path) -> None:
+    """Run one engine on the pair in `folder` and print what it took; a process of its own."""
+    torch.set_num_threads(1)
+    ids = np.random.default_rng(0).integers(VOCAB, size=ENGINE_STEPS * ROWS * SEQ + 1).astype(np.int32)
+    found = {"peak": 0, "training": 0, "steps": 0}
+    over = threading.Event()
+
+    def anonymous() -> int:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon"))
+
+    def watch() -> None:
+        while not over.is_set():
+            now = anonymous()
+            found["peak"] = max(found["peak"], now)
+            if 0 < found["steps"] < ENGINE_STEPS:
+                found["training"] = max(found["training"], now)
+            time.sleep(0.002)
+
+    def progress(label: str, done: float, total: float) -> None:
+        found["steps"] += 1
+
+    start, began = anonymous(), time.process_time()
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    distill(
+        folder / "student", [engine_stage(engine)], Tokens(ids=ids, text_bytes=1, sha256="random"), folder / f"out-{os.getpid()}",
+        teacher=folder / "base", progress=progress,
+    )  # fmt: skip
+    over.set()
+    watcher.join()
+    json.dump({**found, "start": start, "cpu": time.process_time() - began}, sys.stdout)
+
+
+def engines(hidden: int, mixer: str) -> dict[str, float]:
+    """Alignment in memory and from disk; see the module docstring."""
+    runs: dict[tuple[str, int], list[dict]] = {}
+    weights = {}
+    with tempfile.TemporaryDirectory() as name:
+        for layers in (4, 16):
+            folder = Path(name) / str(layers)
+            torch.manual_seed(0)
+            base = LlamaForCausalLM(config(hidden, layers))
+            base.save_pretrained(folder / "base")
+            student = build_model(hybrid_config(base.config, [{"name": mixer}] * layers))
+            with Staging(folder / "student", False, "bench") as staging:
+                save_checkpoint(student, folder / "base", staging, {"base": {"location": str(folder / "base")}})
+                staging.finish()
+            weights[layers] = run_cost(
+                folder / "student", folder / "base", build_stages([engine_stage("memory")]), Machine()
+            )[0].certain_bytes  # fmt: skip
+            for turn in ("disk", "memory") * (2 if layers == 4 else 1):
+                command = [sys.executable, __file__, "--child", turn, str(folder)]
+                done = subprocess.run(command, check=True, stdout=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"})
+                runs.setdefault((turn, layers), []).append(json.loads(done.stdout))
+    log.info("engines: %s; weights, gradients and moments in memory: %s", runs, weights)
+    disk, whole = ([runs[engine, layers][0] for layers in (4, 16)] for engine in ("disk", "memory"))
+    above = [run["peak"] - run["start"] for run in disk]
+    activations = [run["training"] - run["start"] - weights[layers] for run, layers in zip(whole, (4, 16), strict=True)]
+    cpu = {engine: min(run["cpu"] for run in runs[engine, 4]) for engine in ("disk", "memory")}
+    return {
+        "align_disk_peak_ratio": disk[1]["peak"] / disk[0]["peak"], "align_disk_peak_above_start_ratio": above[1] / above[0],
+        "align_memory_peak_ratio": whole[1]["peak"] / whole[0]["peak"],
+        "align_memory_activations_ratio": activations[1] / activations[0],
+        "align_disk_over_memory_cpu": cpu["disk"] / cpu["memory"],
+    }  # fmt: skip
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, help="write the figures here")
@@ -224,11 +311,18 @@ def main() -> None:
     parser.add_argument("--mixer", default="mamba2")
     parser.add_argument("--repeats", type=int, default=4)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--only", choices=["engines"], help="measure this alone")
+    parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if args.child:
+        engine_child(args.child[0], Path(args.child[1]))
+        return
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
-    ratio = {**fused_kl(args.repeats), **stages(args.hidden, args.mixer, args.repeats), **over_trainer(args.hidden, 8, 3)}
+    ratio = engines(args.hidden, args.mixer)
+    if args.only is None:
+        ratio |= {**fused_kl(args.repeats), **stages(args.hidden, args.mixer, args.repeats), **over_trainer(args.hidden, 8, 3)}
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     found = {"ratio": ratio, "peak_rss_bytes": peak, "hidden": args.hidden, "mixer": args.mixer, "threads": args.threads}
     if args.json:

@@ -61,8 +61,15 @@ def adapter_stages(data):
     ]  # fmt: skip
 
 
+def disk_stages(data):
+    """Layer by layer from disk, once more on what that made, then one that holds the model."""
+    align, kl = text_stages(data)[:2]
+    align |= {"engine": "disk", "save_tokens": 64}
+    return [align, {**align, "losses": [{"name": "mixer_output"}]}, kl]
+
+
 # (stages, kills) of each campaign.
-CAMPAIGNS = {"text": (text_stages, 40), "adapters": (adapter_stages, 12)}
+CAMPAIGNS = {"text": (text_stages, 40), "adapters": (adapter_stages, 12), "disk": (disk_stages, 12)}
 
 
 def child(kind, folder, out, workers, threads, kill_step, delay):

@@ -134,6 +134,8 @@ def show_cost(costs: list[Any], machine: Any) -> None:
     if not torch.cuda.is_available():
         screen.say("there is no GPU here: the hours above are that machine's, how long it takes on this one is not known")
     for cost in costs:
+        if cost.disk_bytes:
+            screen.say(f"{cost.name}: one layer in memory, {cost.disk_bytes / 1e9:.3f} GB of files beside the output meanwhile")
         if cost.advice:
             screen.say(f"{cost.name}: {cost.advice}")
     if machine.bytes_each is not None and not any(cost.advice for cost in costs):

@@ -5,7 +5,8 @@ just one may not be. FLOP are of matrix products; see counting.py.
 """
 
 import os
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from hybridize.distill.align import aligned_layers
 from hybridize.distill.counting import Beside, Known, LayerCounter, Work, fake_tensors
 from hybridize.distill.losses import LOSSES, asks_of_teacher
 from hybridize.distill.options import StageOptions
+from hybridize.distill.streams import on_disk, scratch_bytes
 from hybridize.distill.teacher_cache import TeacherCache
 from hybridize.errors import ConfigError
 
@@ -77,6 +79,8 @@ class StageCost:
     gpu_hours: float
     memory: dict[str, float]
     """Bytes of one process: weights, gradients, moments, frozen, gathered, activations."""
+    disk_bytes: float = 0.0
+    """Of files in the output's scratch folder at their most, training states aside; 0 where the stage has none else."""
     advice: str = field(default="")
     """Why it will not fit and what would; empty when it fits or nothing is known."""
 
@@ -126,6 +130,11 @@ def advise(sizes: Sizes, options: StageOptions, machine: Machine, can_checkpoint
     needed = sum(memory(sizes, options, machine, options.gradient_checkpointing).values())
     if machine.bytes_each is None or needed <= machine.bytes_each:
         return ""
+    if getattr(options, "engine", "memory") == "disk":
+        return (
+            f"will not fit: needs {needed / 1e9:.2f} GB for one layer, have {machine.bytes_each / 1e9:.2f} GB; fewer rows "
+            f"(now {options.rows}) or shorter ones would help"
+        )
     said = f"will not fit: needs {needed / 1e9:.2f} GB a process, have {machine.bytes_each / 1e9:.2f} GB; "
     counts = [machine.processes]
     while counts[-1] * 2 <= MOST_PROCESSES:
@@ -234,11 +243,14 @@ def stage_cost(
             sizes, per_token = _whole_sizes(own, other, options, counted, cache)
         sizes = Sizes(**{**sizes, "frozen": frozen, "trained": _bytes(trained.values())})
         count = _numbers(trained.values())
+        disk = 0.0
+        if on_disk(options):
+            sizes, disk = _one_layer(own, other, options, trained, apart, sizes)
     tokens = options.steps * options.step_tokens
     cost = StageCost(
         name=name, tokens=tokens, steps=options.steps, trained_parameters=count, flops=per_token * tokens,
         gpu_hours=per_token * tokens / (machine.mfu * machine.peak_flops) / 3600,
-        memory=memory(sizes, options, machine, options.gradient_checkpointing),
+        memory=memory(sizes, options, machine, options.gradient_checkpointing), disk_bytes=disk,
         advice=advise(sizes, options, machine, name != "align"),
     )  # fmt: skip
     return cost, changes
@@ -248,6 +260,28 @@ def _units(model: Any) -> list[int]:
     """Bytes of what is gathered at once: each layer, and what lies outside of them."""
     layers = [_bytes(layer.parameters()) for layer in model.model.layers]
     return [*layers, _bytes(model.parameters()) - sum(layers)]
+
+
+def _one_layer(
+    own: Any, other: Any, options: Any, trained: dict[str, Any], apart: list[Any], sizes: Sizes
+) -> tuple[Sizes, float]:  # fmt: skip
+    """What alignment from disk holds: the layer with the most weights, gradients and moments; and the bytes of its files."""
+
+    def counted(model: Any, index: int, chosen: Callable[[str, Any], bool]) -> list[Any]:
+        named = model.named_parameters()
+        return [p for key, p in named if key.startswith(f"model.layers.{index}.") and chosen(key, p)]
+
+    counts = {index: _numbers(counted(own, index, lambda key, _: key in trained)) for index in aligned_layers(own)}
+    apart_ids = {id(parameter) for parameter in apart}
+    frozen = {
+        index: _bytes(counted(other, index, lambda *_: True)) + _bytes(counted(own, index, lambda _, p: id(p) in apart_ids))
+        for index in range(len(other.model.layers))
+    }
+    at = max(frozen, key=lambda index: frozen[index] + 16 * counts.get(index, 0))
+    itemsize = other.model.embed_tokens.weight.element_size()
+    counts = {index: count for index, count in counts.items() if count}
+    disk = scratch_bytes(options, own.config, own.model.mixer_options, counts, itemsize)
+    return replace(sizes, frozen=frozen[at], trained=4 * counts.get(at, 0)), disk
 
 
 def _align_sizes(own: Any, other: Any, options: Any, known: Known) -> tuple[dict[str, Any], float]:

@@ -202,10 +202,13 @@ class DiskStage:
         return OnDemand(places)
 
     def _embed(self) -> None:
-        table = self.opened[1].read("model.embed_tokens.weight")
+        """The stream below the first layer. Of the table, which can be larger than a layer, the rows that are met are read."""
+        teacher, name = self.opened[1], "model.embed_tokens.weight"
         with closing(self._open(self._partial(0))) as rows:
             for row, part in self._parts():
-                rows.write(row, table[part.ids].to(self.dtype))
+                ids, places = part.ids.unique(return_inverse=True)
+                table = torch.cat([teacher.read_rows(name, token, token + 1) for token in ids.tolist()])
+                rows.write(row, table[places].to(self.dtype))
             self._publish(rows, 0)
 
     def _partial(self, layer: int) -> Path:

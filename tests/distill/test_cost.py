@@ -110,6 +110,28 @@ def test_memory_and_flops_are_those_of_a_real_step(folders, known, spec):
     assert cost.memory["frozen"] == storages(frozen)
 
 
+def test_from_disk_one_layer_is_all_there_is(folders):
+    """The layer with the most weights, gradients and moments: counted from the directories, in fp32."""
+    student, teacher = (describe(folder) for folder in folders[::-1])
+    cost, whole = (run_cost(folders[1], folders[0], [built({**ALIGN, "engine": e})], Machine())[0] for e in ("disk", "memory"))
+
+    def numbers(found, index, part=""):
+        return sum(torch.Size(shape).numel() for name, shape in found.shapes.items() if f".layers.{index}.{part}" in name)
+
+    # Mamba2's parameters are more than those of the layer with a window, and norm and MLP are the teacher's.
+    assert cost.memory["weights"] == cost.memory["gradients"] == 4 * numbers(student, 0, "self_attn")
+    assert cost.memory["moments"] == 8 * numbers(student, 0, "self_attn")
+    assert cost.memory["frozen"] == 4 * numbers(teacher, 0)
+    assert cost.certain_bytes < 0.5 * whole.certain_bytes
+    assert (cost.flops, cost.trained_parameters) == (whole.flops, whole.trained_parameters)
+    trained = [numbers(student, index, "self_attn") for index in (0, 2)]
+    assert cost.disk_bytes == 640 * 2 * 128 * 4 + 8 * sum(trained) + 36 * max(trained)
+    assert whole.disk_bytes == 0
+    assert run_cost(folders[1], folders[0], [built({**ALIGN, "engine": "disk"})], Machine(bytes_each=1e5))[0].advice.startswith(
+        "will not fit: needs 0.00 GB for one layer"
+    )
+
+
 LORA = {"targets": ["*.self_attn.q_proj"], "rank": 4}
 
 
