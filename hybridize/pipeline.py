@@ -32,7 +32,7 @@ from hybridize.data import (
     spread_blocks,
     weighted_sources,
 )
-from hybridize.distill import STAGES, check_sources, distill
+from hybridize.distill import STAGES, build_stages, check_for_run, check_sources, distill
 from hybridize.errors import ConfigError, DataError
 from hybridize.eval import GATES, PROBES, comparison_table, evaluate, gate, report
 from hybridize.eval.context import EvalContext
@@ -230,6 +230,8 @@ def run(
     _claim(out, recipe, plan)
     share = recipe.data.held_out_share
     train, test = split_text(load_tokenizer(base), sources, held_out, share, out / "tokens", progress)
+    if teacher is not None and stages:
+        check_for_run(base, Path(teacher), build_stages(stages), recipe.seed, train)
 
     converted, distilled = out / "converted", out / "distilled"
     text = calibration_rows(train, recipe, checkpoint.config) if calibrated_layers(plan) else None

@@ -19,6 +19,7 @@ from hybridize.distill.counting import Beside, LayerCounter, Work, fake_tensors
 from hybridize.distill.losses import LOSSES, asks_of_teacher
 from hybridize.distill.options import StageOptions
 from hybridize.distill.teacher_cache import TeacherCache
+from hybridize.distill.teachers import runs_model
 from hybridize.errors import ConfigError
 
 H100_FLOPS = 989e12
@@ -323,7 +324,7 @@ def run_cost(
         ConfigError: a stage does not fit the student.
     """
     student = describe(student_dir)
-    runs = any(options.needs_teacher and not (cache is not None and options.cacheable) for _, options in stages)
+    runs = any(runs_model(options, cache) for _, options in stages)
     teacher = describe(teacher_dir) if runs else student
     costs, before = [], set()
     for name, options in stages:

@@ -36,7 +36,7 @@ from hybridize.distill.sharded_saves import latest_folder, names_of, read_about,
 from hybridize.distill.sharding import asked_to_shard, check_divisible, load_sharded_pair, make_mesh
 from hybridize.distill.stages import STAGES
 from hybridize.distill.teacher_cache import CachedSignals
-from hybridize.distill.teachers import Teacher, check_vocabulary, prepare
+from hybridize.distill.teachers import Teacher, check_vocabulary, prepare, runs_model
 from hybridize.errors import ConfigError
 from hybridize.lineage import is_complete, read_lineage
 from hybridize.storage import Staging, partial_folder
@@ -181,7 +181,7 @@ def _record_of(taught: Teacher, built: list[tuple[str, Any]]) -> dict[str, Any]:
     if taught.cache is None:
         return {"teacher": _fingerprint(taught.model)}
     record = {"teacher": taught.cache.manifest["teacher"]["fingerprint"], "cache": taught.cache.hash}
-    beside = any(options.needs_teacher and not options.cacheable for _, options in built)
+    beside = any(runs_model(options, taught.cache) for _, options in built)
     return {**record, "model": _fingerprint(taught.model)} if beside else record
 
 
