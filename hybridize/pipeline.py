@@ -32,9 +32,8 @@ from hybridize.data import (
     spread_blocks,
     weighted_sources,
 )
-from hybridize.distill import STAGES, check_sources, distill
+from hybridize.distill import STAGES, build_stages, check_for_run, check_sources, distill
 from hybridize.distill.cost import Machine, StageCost, refuse, run_cost
-from hybridize.distill.run import build_stages
 from hybridize.distill.teacher_cache import open_cache
 from hybridize.distill.teachers import is_cache
 from hybridize.errors import ConfigError, DataError
@@ -285,6 +284,8 @@ def run(
     _claim(out, recipe, plan)
     share = recipe.data.held_out_share
     train, test = split_text(load_tokenizer(base), sources, held_out, share, out / "tokens", progress)
+    if teacher is not None and stages:
+        check_for_run(base, Path(teacher), build_stages(stages), recipe.seed, train)
 
     converted, distilled = out / "converted", out / "distilled"
     text = calibration_rows(train, recipe, checkpoint.config) if calibrated_layers(plan) else None

@@ -174,9 +174,6 @@ def test_a_teacher_is_written_once_and_read_in_its_place(base, text, tmp_path, c
     assert f"--teacher {tmp_path / 't'}" in out.out
     assert "teach kl: 100%" in out.err
     words = ["distill", tmp_path / "c", *recipe, "--data", text, "--out", tmp_path / "d", "--teacher", tmp_path / "t"]
-    code, out = call(*words, "--set", "seed=3", capsys=capsys)
-    assert (code, len(out.err.strip().splitlines())) == (2, 1)
-    assert "seed is 0 in the cache, expected 3 as in this run" in out.err
     (base / "config.json").rename(base / "away.json")
     try:
         assert call(*words)[0] == 0
@@ -204,6 +201,13 @@ def test_a_whole_run_on_a_cache(base, text, tmp_path, capsys, held_out):
     assert code == 0, out.err
     one, two = (tmp_path / name / "distilled" / "model.safetensors" for name in ("w", "v"))
     assert one.read_bytes() == two.read_bytes()
+    # A cache of all the text is refused before anything is converted.
+    assert call(*teach[:-3], "--out", tmp_path / "all")[0] == (2 if held_out else 0)
+    words = ["run", "mamba2", "--base", base, "--out", tmp_path / "x", *common, "--teacher"]
+    code, out = call(*words, tmp_path / ("nowhere" if held_out else "all"), capsys=capsys)
+    assert (code, len(out.err.strip().splitlines()[-1:])) == (2, 1)
+    assert ("no such directory, expected a model's" if held_out else "the text's hash is") in out.err
+    assert not (tmp_path / "x" / "converted").exists()
 
 
 def test_keep_all_is_the_base_bit_for_bit(base, tmp_path):

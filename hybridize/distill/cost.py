@@ -21,6 +21,7 @@ from hybridize.distill.losses import LOSSES, asks_of_teacher
 from hybridize.distill.options import StageOptions
 from hybridize.distill.streams import on_disk, scratch_bytes
 from hybridize.distill.teacher_cache import TeacherCache
+from hybridize.distill.teachers import runs_model
 from hybridize.errors import ConfigError
 
 H100_FLOPS = 989e12
@@ -366,7 +367,7 @@ def run_cost(
         ConfigError: a stage does not fit the student.
     """
     student = student if isinstance(student, Described) else describe(student)
-    if not any(options.needs_teacher and not (cache is not None and options.cacheable) for _, options in stages):
+    if not any(runs_model(options, cache) for _, options in stages):
         teacher = student
     teacher = teacher if isinstance(teacher, Described) else describe(teacher)
     costs, before, known = [], set(), {}

@@ -39,7 +39,7 @@ from hybridize.distill.sharding import asked_to_shard, check_divisible, load_sha
 from hybridize.distill.stages import STAGES
 from hybridize.distill.streams import disk_folder, on_disk, reached
 from hybridize.distill.teacher_cache import CachedSignals
-from hybridize.distill.teachers import Teacher, prepare
+from hybridize.distill.teachers import Teacher, prepare, runs_model
 from hybridize.errors import ConfigError
 from hybridize.lineage import is_complete, read_lineage
 from hybridize.shards import OnDemand
@@ -190,7 +190,7 @@ def _record_of(taught: Teacher, built: list[tuple[str, Any]]) -> dict[str, Any]:
     if taught.cache is None:
         return {"teacher": _fingerprint(taught.model)}
     record = {"teacher": taught.cache.manifest["teacher"]["fingerprint"], "cache": taught.cache.hash}
-    beside = any(options.needs_teacher and not options.cacheable for _, options in built)
+    beside = any(runs_model(options, taught.cache) for _, options in built)
     return {**record, "model": _fingerprint(taught.model)} if beside else record
 
 

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from hybridize.checkpoint import describe
-from hybridize.data import check_same_tokenizer, tokenizer_hash
-from hybridize.distill.teacher_cache import MANIFEST, TeacherCache, check_run, open_cache, run_follows_from
+from hybridize.data import Mixture, Tokens, check_same_tokenizer, tokenizer_hash
+from hybridize.distill.teacher_cache import MANIFEST, TeacherCache, check_run, check_text, open_cache, run_follows_from
 from hybridize.errors import ConfigError
 from hybridize.lineage import read_lineage
 
@@ -55,7 +55,7 @@ def prepare(student_dir: Path, teacher: str | Path | None, built: list[tuple[str
         vocabulary = describe(student_dir).config.vocab_size
         check_run(found.cache, built, run_follows_from(seed, vocabulary, tokenizer_hash(student_dir)))
     for number, (name, options) in enumerate(built, 1):
-        if not options.needs_teacher or options.follows_itself or (found.cache is not None and options.cacheable):
+        if not runs_model(options, found.cache):
             continue
         if found.cache is not None and not found.model.is_dir():
             raise ConfigError(
@@ -65,6 +65,35 @@ def prepare(student_dir: Path, teacher: str | Path | None, built: list[tuple[str
         check_teacher(student_dir, found.model)
         break
     return found
+
+
+def runs_model(options: Any, cache: TeacherCache | None) -> bool:
+    """Whether a stage runs a teacher that is a model of its own."""
+    return options.needs_teacher and not options.follows_itself and not (cache is not None and options.cacheable)
+
+
+def check_for_run(base: Path, teacher: Path, built: list[tuple[str, Any]], seed: int, text: Tokens | Mixture) -> None:
+    """Check a teacher against what a hybrid of some base will be trained on, before there is a hybrid.
+
+    Args:
+        base: the directory that the hybrid will be made from.
+        teacher: a model's directory or a cache.
+        built: (name, options) of every stage.
+        seed: the run's.
+        text: what it will train on.
+
+    Raises:
+        ConfigError: as `prepare`; or there is no such directory.
+    """
+    if not teacher.is_dir():
+        raise ConfigError(f"{teacher}: no such directory, expected a model's, or a cache that `hybridize teach` wrote")
+    if is_cache(teacher):
+        cache = open_cache(teacher)
+        check_run(cache, built, run_follows_from(seed, describe(base).config.vocab_size, tokenizer_hash(base)))
+        check_text(cache, text)
+    elif teacher.resolve() != base.resolve():
+        check_same_tokenizer(base, teacher)
+        check_vocabulary(base, teacher)
 
 
 def is_cache(path: Path) -> bool:
