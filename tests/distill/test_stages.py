@@ -1,15 +1,18 @@
 """The two stages: their gradients, what they train, and their options."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from hybridize.capture import visit_layers
 from hybridize.data import Batch
-from hybridize.distill.align import Align
+from hybridize.distill.align import Align, own_layers
 from hybridize.distill.kl import KLStage
 from hybridize.distill.run import load_pair
 from hybridize.distill.stages import STAGES
 from hybridize.errors import ConfigError
+from hybridize.mixers import MIXERS
 from tests.distill.pair import KEEP, STREAMING, tiny_pair
 from tests.tolerances import assert_close, rms_ratio
 
@@ -234,6 +237,15 @@ def test_align_trains_converted_mixers_only(folders):
         pair(folders, Align(**SMALL, train=["model.layers.1.*"]))
     _, _, trained = pair(folders, Align(**SMALL, train=["*.layers.2.*.q_proj.*"]))
     assert list(trained) == ["model.layers.2.self_attn.q_proj.weight"]
+
+
+def test_who_reads_goes_with_who_is_read():
+    """An owner of shared latents says that it reads None; two groups of them are two shares, and a layer alone is a third."""
+    xkv = [{"name": "xkv"}, {"name": "xkv", "reads": 0}, {"name": "xkv"}, {"name": "xkv", "reads": 2}, MAMBA]
+    options = [MIXERS.build(spec) for spec in xkv]
+    student = SimpleNamespace(config=SimpleNamespace(mixers=xkv), model=SimpleNamespace(mixer_options=options))
+    assert [own_layers(student, rank, 3) for rank in range(3)] == [[0, 1], [2, 3], [4]]
+    assert [own_layers(student, rank, 2) for rank in range(2)] == [[0, 1, 4], [2, 3]]
 
 
 def test_align_needs_a_converted_layer(tmp_path):
