@@ -202,13 +202,17 @@ def _train_all(accelerator: Accelerator, job: Job, seed: int, progress: Progress
     state = _read_state(job.scratch, shard) or State(position=Position(stage=0, step=0), weights={}, moments={})
     accelerator.wait_for_everyone()
     log_file = contextlib.nullcontext()
-    if accelerator.is_main_process:
+    main = accelerator.is_main_process
+    if main:
         at = state.position.stage
         done = reached(job.scratch, state.position, job.stages[at][1] if at < len(job.stages) else None)
         log_file = Metrics(metrics_path(job.out), done)
     with log_file as metrics, fork_random(accelerator.device):
         run = Run(accelerator=accelerator, seed=seed, scratch=job.scratch, metrics=metrics, progress=progress, mesh=mesh)
         for index in range(len(job.stages)):
+            if index < state.position.stage and main:
+                # Killed after the state that follows it, before it was removed.
+                shutil.rmtree(disk_folder(job.scratch, index), ignore_errors=True)
             if index == state.position.stage:
                 position = Position(stage=index + 1, step=0)
                 if on_disk(job.stages[index][1]):

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from hybridize.distill.guards import Guard, check_saved
+from hybridize.errors import CheckpointError
 from hybridize.shards import OnDemand, Planned, TensorInfo, plan_shards, read_header, read_tensor, tensor_bytes, write_shard
 
 log = logging.getLogger(__name__)
@@ -52,6 +53,15 @@ class State:
 def as_json(guards: dict[str, Guard]) -> dict[str, Any]:
     """The last losses as a state holds them."""
     return {name: dataclasses.asdict(guard) for name, guard in guards.items()}
+
+
+def from_json(about: dict[str, Any], where: Path) -> dict[str, Guard]:
+    """What `as_json` put into a state. Raises CheckpointError for a state that has it not."""
+    if "guards" not in about:
+        raise CheckpointError(
+            f"{where}: has no guards, expected a state of this version. Remove the unfinished run and start again"
+        )
+    return {name: Guard(**kept) for name, kept in about["guards"].items()}
 
 
 def moments_of(trained: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> dict[str, dict[str, Tensor]]:
@@ -133,7 +143,7 @@ def read_latest_state(folder: Path) -> State | None:
         else:
             moments.setdefault(name, {})[kind] = read_tensor(info)
     log.info("distill: going on from %s", files[-1])
-    guards = {name: Guard(**kept) for name, kept in about["guards"].items()}
+    guards = from_json(about, files[-1])
     return State(position=Position(**about["position"]), weights=OnDemand(weights), moments=moments, guards=guards)
 
 

@@ -21,7 +21,7 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from hybridize.distill.guards import Guard, check_saved
-from hybridize.distill.saves import KEPT, Position, State, as_json
+from hybridize.distill.saves import KEPT, Position, State, as_json, from_json
 from hybridize.distill.sharding import local
 from hybridize.errors import CheckpointError
 from hybridize.storage import publish_folder
@@ -92,7 +92,7 @@ def read_about(folder: Path) -> tuple[Position, dict[str, Guard]]:
     held = {"about": torch.zeros(_shapes(folder)["about"], dtype=torch.uint8)}
     _load_alone(held, folder)
     about = json.loads(bytes(held["about"].tolist()))
-    return Position(**about["position"]), {name: Guard(**kept) for name, kept in about["guards"].items()}
+    return Position(**about["position"]), from_json(about, folder)
 
 
 def read_into(folder: Path, parameters: dict[str, Tensor], moments_for: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
