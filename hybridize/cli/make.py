@@ -249,6 +249,8 @@ def teach(
         rows = [["stage", "rows", "tokens", "bytes"]]
         rows += [[need.name, f"{need.rows:,}", f"{need.tokens:,}", human_bytes(need.bytes)] for need in lesson.needs]
         shared.screen.table(rows, f"{out} will hold {human_bytes(lesson.bytes)}")
+        for line in lesson.beside:
+            shared.screen.say(line)
     result = {"out": str(out), "dry_run": dry_run, "bytes": lesson.bytes,
               "stages": [dataclasses.asdict(need) for need in lesson.needs]}  # fmt: skip
     if dry_run:

@@ -41,7 +41,7 @@ from hybridize.distill.teacher_cache import (
     run_follows_from,
     shard_name,
 )
-from hybridize.distill.teachers import check_teacher, is_cache, teacher_of
+from hybridize.distill.teachers import check_teacher, is_cache, runs_model, teacher_of
 from hybridize.errors import ConfigError, TrainingError
 from hybridize.lineage import versions
 from hybridize.shards import DTYPES, NAMES, Planned, Shard, plan_shards, tensor_bytes, write_shard
@@ -76,6 +76,13 @@ class Lesson:
     built: list[tuple[str, Any]]
     content: dict[str, Any]
     """The manifest but for text and files."""
+
+    @property
+    def beside(self) -> list[str]:
+        """One line for each stage that reads more of its teacher than a cache holds."""
+        said = f"reads more of its teacher than logits: distill will run {teacher_of(self.student, None).model} itself there"
+        names = [name for name, options in self.built if runs_model(options, None) and not options.cacheable]
+        return [f"{name} {said}" for name in names]
 
     @property
     def bytes(self) -> int:
@@ -126,10 +133,6 @@ def plan_lesson(
             f"teach: no stage of {names} reads a teacher's logits, expected one such as kl; distill without a cache"
         )
     k = _kept_k([options for _, _, options in served], keep, k)
-    for name, options in built:
-        if options.needs_teacher and not options.cacheable and not options.follows_itself:
-            base = teacher_of(student_dir, None).model
-            log.warning("teach: stage %s reads more than logits of its teacher; distill will run %s itself there", name, base)
     content: dict[str, Any] = {
         "format": FORMAT, "keep": keep, "k": k, "hidden_size": found.config.hidden_size, "versions": versions(),
         "head_dtype": NAMES[found.tensors[found.stored_name("lm_head.weight")].dtype],
