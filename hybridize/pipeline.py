@@ -33,6 +33,7 @@ from hybridize.data import (
     weighted_sources,
 )
 from hybridize.distill import STAGES, check_sources, distill
+from hybridize.distill.job import configs_of, in_stage, wanted
 from hybridize.errors import CheckpointError, ConfigError, DataError
 from hybridize.eval import GATES, PROBES, comparison_table, evaluate, gate, report
 from hybridize.eval.context import EvalContext
@@ -75,11 +76,17 @@ def check_components(recipe: Recipe) -> None:
 
 
 def fitted(stages: list[dict[str, Any]], config: Any) -> list[dict[str, Any]]:
-    """Stages with rows no longer than the checkpoint's context, but for those that say so, as recipes name no model sizes."""
-    context = getattr(config, "max_position_embeddings", None)
+    """Stages with rows no longer than the checkpoint's context, which `long` stretches, but for those that say they may be.
+
+    Recipes name no model sizes, so that rows are cut to what a base has room for. Raises ConfigError for a context that cannot
+    be stretched.
+    """
     out = []
     for stage in stages:
         built = STAGES.build(stage)
+        with in_stage(stage["name"]):
+            config = built.student_config(config)
+        context = getattr(config, "max_position_embeddings", None)
         if context and built.seq_tokens > context and not built.beyond_context:
             log.info("stage %s: rows of %d tokens, the checkpoint's context", stage["name"], context)
             stage = {**stage, "seq_tokens": context}
@@ -232,6 +239,7 @@ def run(
     weighted_sources(sources)  # a wrong one is found before any work
     if stages:
         check_sources(stages)
+        configs_of(checkpoint.config, checkpoint.config, wanted(stages))
     _claim(out, recipe, plan)
     share = recipe.data.held_out_share
     train, test = split_text(load_tokenizer(base), sources, held_out, share, out / "tokens", progress)

@@ -4,6 +4,7 @@ Weights, gradients and moments are exact; activations are those that the backwar
 just one may not be. FLOP are of matrix products; see counting.py.
 """
 
+import dataclasses
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +17,7 @@ from hybridize.checkpoint import describe, stored_dtype
 from hybridize.distill.adapters import Lora, targeted
 from hybridize.distill.align import aligned_layers
 from hybridize.distill.counting import Beside, LayerCounter, Work, fake_tensors
+from hybridize.distill.job import configs_of
 from hybridize.distill.losses import LOSSES
 from hybridize.distill.options import StageOptions
 from hybridize.errors import ConfigError
@@ -65,7 +67,7 @@ class Sizes:
 
 @dataclass(frozen=True, kw_only=True)
 class StageCost:
-    """One stage of a run."""
+    """One stage of a run, or its rows of one length."""
 
     name: str
     tokens: int
@@ -78,6 +80,8 @@ class StageCost:
     """Bytes of one process: weights, gradients, moments, frozen, gathered, activations."""
     advice: str = field(default="")
     """Why it will not fit and what would; empty when it fits or nothing is known."""
+    stage: int = 1
+    """Its number in the run, from 1."""
 
     @property
     def certain_bytes(self) -> float:
@@ -261,7 +265,7 @@ def _whole_sizes(own: Any, other: Any, options: Any) -> tuple[dict[str, Any], fl
     losses = {spec["name"]: LOSSES.build(spec) for spec in options.losses}
     # (tokens of a chunk of logits, whether the teacher has logits too), for each loss over logits.
     heads = [(loss.chunk_tokens, name != "cross_entropy") for name, loss in losses.items() if "head" in loss.needs]
-    with_teacher = options.needs_teacher and set(losses) != {"cross_entropy"}
+    with_teacher = options.needs_teacher
     if not losses:
         heads = [(options.chunk_tokens, with_teacher)]
     if with_teacher:
@@ -287,7 +291,7 @@ def _whole_sizes(own: Any, other: Any, options: Any) -> tuple[dict[str, Any], fl
 def run_cost(
     student_dir: Path | str, teacher_dir: Path | str, stages: list[tuple[str, Any]], machine: Machine
 ) -> list[StageCost]:
-    """The cost of every stage of a run; reads config.json and headers only.
+    """The cost of every stage of a run, of one whose rows grow by their length; reads config.json and headers only.
 
     Args:
         student_dir: the hybrid.
@@ -301,15 +305,20 @@ def run_cost(
     """
     student, teacher = describe(student_dir), describe(teacher_dir)
     costs, before = [], set()
-    for name, options in stages:
-        cost, trained = stage_cost(student, teacher, name, options, before, machine)
-        costs.append(cost)
+    configs = configs_of(student.config, teacher.config, stages)
+    for number, ((name, options), (own, other)) in enumerate(zip(stages, configs, strict=True), 1):
+        models = dataclasses.replace(student, config=own), dataclasses.replace(teacher, config=other)
+        trained: set[str] = set()
+        for part in options.parts:
+            label = name if len(options.parts) == 1 else f"{name} at {part.seq_tokens}"
+            cost, trained = stage_cost(*models, name, part, before, machine)
+            costs.append(dataclasses.replace(cost, name=label, stage=number))
         before |= trained
     return costs
 
 
 def refuse(costs: list[StageCost], machine: Machine) -> None:
     """Raise a ConfigError for a stage whose weights, gradients and moments alone are more than there is."""
-    for number, cost in enumerate(costs, 1):
+    for cost in costs:
         if machine.bytes_each is not None and cost.certain_bytes > machine.bytes_each:
-            raise ConfigError(f"stage {number} ({cost.name}): {cost.advice}")
+            raise ConfigError(f"stage {cost.stage} ({cost.name}): {cost.advice}")

@@ -24,26 +24,30 @@ class KLStage(StageOptions):
 
     losses: list[dict[str, Any]] = field(default_factory=lambda: [{"name": "kl", "weight": 1.0}])
 
+    @property
+    def needs_teacher(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Cross-entropy is with the text alone."""
+        return {spec.get("name") for spec in self.losses} != {"cross_entropy"}
+
     def candidates(self, student: Any) -> dict[str, nn.Parameter]:
         return dict(student.named_parameters())
 
     def start(self, student: Any, teacher: Any, first: Batch) -> "KLStep":
         """The step of this stage; `first` is not used: nothing is measured beforehand."""
-        return KLStep(self, student, teacher)
+        return KLStep(self, student, teacher, "kl")
 
 
 class KLStep:
     """One micro-batch: teacher forward, student forward, losses, backward."""
 
-    def __init__(self, options: KLStage, student: Any, teacher: Any):
+    def __init__(self, options: KLStage, student: Any, teacher: Any, name: str):
         self.options, self.student, self.teacher = options, student, teacher
-        self.losses = options.build_losses({"hidden", "head", "ids", "layers"}, "kl")
-        self.layers = self._chosen_layers()
-        self.needs_teacher = set(self.losses) != {"cross_entropy"}
+        self.losses = options.build_losses({"hidden", "head", "ids", "layers"}, name)
+        self.layers = self._chosen_layers(name)
         if options.gradient_checkpointing:
             checkpoint_gradients(student)
 
-    def _chosen_layers(self) -> list[int]:
+    def _chosen_layers(self, name: str) -> list[int]:
         """Layers whose outputs some loss compares. Raises ConfigError when the two models have different ones."""
         asking = [loss for loss in self.losses.values() if "layers" in loss.needs]
         if not asking:
@@ -52,7 +56,7 @@ class KLStep:
             own, other = (getattr(model.config, size) for model in (self.student, self.teacher))
             if own != other:
                 raise ConfigError(
-                    f"stage 'kl': {size} is {own} in the student and {other} in the teacher; features needs them equal"
+                    f"stage {name!r}: {size} is {own} in the student and {other} in the teacher; features needs them equal"
                 )
         depth, converted = self.student.config.num_hidden_layers, converted_layers(self.student)
         return sorted({index for loss in asking for index in loss.chosen(depth, converted)})
@@ -76,7 +80,7 @@ class KLStep:
             Losses: each by name, and their weighted sum under `loss`.
         """
         with torch.no_grad():
-            teacher = self._signals(self.teacher, batch) if self.needs_teacher else Signals()
+            teacher = self._signals(self.teacher, batch) if self.options.needs_teacher else Signals()
         student = self._signals(self.student, batch)
         parts = {name: loss(student, teacher, None) for name, loss in self.losses.items()}
         total = torch.stack([loss.weight * parts[name] for name, loss in self.losses.items()]).sum()

@@ -189,7 +189,12 @@ def train(
         for step in range(start.position.step, options.steps):
             began = time.perf_counter()
             torch.manual_seed(seed_of(run.seed, stage, step, run.accelerator.process_index))
-            found = gradients(run, options, micro_step, trained, blocks.batch(step), signals.asked)
+            number, first = options.place(step)
+            part = options.parts[number]
+            if first == 0:
+                # Rows of another length have other losses.
+                guard = Guard()
+            found = gradients(run, part, micro_step, trained, blocks.batch(step), signals.asked)
             grads = {key: p.grad for key, p in trained.items() if p.grad is not None}
             norm = nn.utils.get_total_norm(grads.values())
             norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
@@ -199,7 +204,7 @@ def train(
                 norm = square.sqrt()
             where = f"stage {stage + 1} ({name}), step {step + 1}"
             taken = judge(
-                guard, options.on_spike, found.losses, worst_rows(found.by_row, options.rows), norm.item(), grads,
+                guard, options.on_spike, found.losses, worst_rows(found.by_row, part.rows), norm.item(), grads,
                 f"{where}, stopped before the update; last saved state: {last_save}",
             )  # fmt: skip
             if taken:
@@ -214,6 +219,7 @@ def train(
             row = {
                 "stage": stage + 1, "name": name, "step": done, "tokens": done * options.step_tokens, **found.losses,
                 "lr": options.lr * options.rate(step), "grad_norm": norm.item(), **({} if taken else {"skipped": 1}),
+                "seq_tokens": part.seq_tokens,
                 "tokens_per_s": options.step_tokens / (time.perf_counter() - began),
             }  # fmt: skip
             _report(run, row, options)

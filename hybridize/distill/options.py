@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import nn
 
+from hybridize.data import Mixture, Tokens
 from hybridize.distill.adapters import Lora
 from hybridize.distill.guards import OnSpike
 from hybridize.distill.losses import LOSSES
@@ -98,6 +99,41 @@ class StageOptions:
     def by_layers(self) -> bool:
         """Whether processes share out layers in place of rows."""
         return False
+
+    @property
+    def parts(self) -> list["StageOptions"]:
+        """The stage by length of rows, in order: itself alone, but for stages that make their rows longer on the way.
+
+        All parts have the same tokens in a step, and their steps add up to the stage's.
+        """
+        return [self]
+
+    def place(self, step: int) -> tuple[int, int]:
+        """(which part a step is of, its number in there), all counted from 0."""
+        for index, part in enumerate(self.parts):
+            if step < part.steps:
+                return index, step
+            step -= part.steps
+        raise AssertionError(f"{step + 1} steps beyond the stage's end")
+
+    def student_config(self, config: Any) -> Any:
+        """The student's config while the stage runs and after it, of the one before it. Raises ConfigError for none that fits."""
+        return config
+
+    def teacher_config(self, config: Any) -> Any:
+        """The teacher's config while the stage runs, of its own. Raises ConfigError for none that fits."""
+        return config
+
+    def check_text(self, text: Tokens | Mixture) -> None:
+        """Raise ConfigError for a text that the stage can learn nothing from."""
+
+    def check_context(self, config: Any, whose: str, next_step: str = "") -> None:
+        """Raise ConfigError for rows that are longer than a model's context, where nobody asked for such."""
+        if self.seq_tokens > config.max_position_embeddings and not self.beyond_context:
+            raise ConfigError(
+                f"seq_tokens is {self.seq_tokens}, expected at most the {whose}'s max_position_embeddings of "
+                f"{config.max_position_embeddings}; {next_step}set beyond_context to true to train beyond it"
+            )
 
     @property
     def step_rows(self) -> int:

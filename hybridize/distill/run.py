@@ -18,7 +18,17 @@ from hybridize.core import digest
 from hybridize.data import Mixture, Sources, Tokens, read_tokens
 from hybridize.distill.adapters import Lora, inject, is_adapter, merged, targeted, watched
 from hybridize.distill.guards import Guard
-from hybridize.distill.job import Job, blocks_of, filled, measure_recall, read_examples, source_of, wanted, with_weights
+from hybridize.distill.job import (
+    Job,
+    blocks_of,
+    configs_of,
+    filled,
+    measure_recall,
+    read_examples,
+    source_of,
+    wanted,
+    with_weights,
+)
 from hybridize.distill.layers import share_layers
 from hybridize.distill.loop import Metrics, Progress, Run, fork_random, seed_of, train
 from hybridize.distill.posttrain import PostTraining, Recall, recall_records, restore_qk, start_weights
@@ -51,7 +61,7 @@ def distill(
 
     Args:
         student_dir: a hybrid directory; its dtypes are those of the output, whatever the training ran in.
-        stages: {"name": "align" | "kl" | "sft" | "dpo", **options} each; see StageOptions.
+        stages: {"name": "align" | "kl" | "long" | "sft" | "dpo", **options} each; see StageOptions.
         text: what to train on, all of it: a source as `data.read_documents` takes it, several as {source: weight}, or tokens;
             None where every stage has `data` of its own.
         out: the output directory; must not exist. Its `<out>.metrics.jsonl` appears beside it.
@@ -83,9 +93,10 @@ def distill(
     if plain and text is None:
         raise ConfigError(f"stage {plain[0]!r}: trains on text and was given none. Name it with --data")
     student_dir, out = Path(student_dir), Path(out).absolute()
-    open_checkpoint(student_dir)
+    found = open_checkpoint(student_dir)
     lineage = read_lineage(student_dir)
     teacher_dir = teacher_of(student_dir, teacher)
+    configs = configs_of(found.config, open_checkpoint(teacher_dir).config, built)
     accelerator = _accelerator(tracker, out)
     tokens = None
     if isinstance(text, (Tokens, Mixture)):
@@ -111,8 +122,9 @@ def distill(
     identity = {**record, "stages": [{key: spec[key] for key in spec if key != "on_spike"} for spec in specs]}
     with Staging(out, resume, digest(identity)) if main else contextlib.nullcontext() as staging:
         job = Job(
-            stages=built, examples=examples, tokens=tokens, student=student_dir, teacher=teacher_dir, out=out, recall=recall
-        )
+            stages=built, configs=configs, examples=examples, tokens=tokens, student=student_dir, teacher=teacher_dir, out=out,
+            recall=recall,
+        )  # fmt: skip
         state = _train_all(accelerator, job, seed, progress, shard)
         if staging is not None:
             assert state is not None
@@ -120,7 +132,7 @@ def distill(
             carried["distill"] = [*lineage.get("distill", []), record]
             if found := recall_records(job.scratch, built):
                 carried["recall"] = [*lineage.get("recall", []), *found]
-            _write(student_dir, state.weights, staging, carried)
+            _write(job, state.weights, staging, carried)
             staging.finish()
     accelerator.wait_for_everyone()
     accelerator.end_training()
@@ -218,13 +230,16 @@ def _train_stage(run: Run, job: Job, index: int, state: State) -> dict[str, Tens
     if run.mesh is None:
         teacher_dir, teacher_weights = (job.student, before) if options.follows_itself else (job.teacher, {})
         student, teacher, trained = load_pair(
-            job.student, teacher_dir, options, name, state.weights, device, teacher_weights, seed_of(run.seed, index)
-        )
+            job.student, teacher_dir, options, name, state.weights, device, teacher_weights, seed_of(run.seed, index),
+            job.configs[index],
+        )  # fmt: skip
         carried = {key: value for key, value in state.weights.items() if key not in trained and not is_adapter(key)}
     else:
         folder = latest_folder(run.scratch)
         kept = names_of(folder) if folder is not None else set()
-        student, teacher, trained = load_sharded_pair(job.student, job.teacher, options, name, kept, device, run.mesh)
+        student, teacher, trained = load_sharded_pair(
+            job.student, job.teacher, options, name, kept, device, run.mesh, job.configs[index]
+        )
         own = dict(student.named_parameters())
         carried = {key: own[key].detach() for key in kept if key not in trained}
         if folder is not None:
@@ -260,7 +275,7 @@ def _train_stage(run: Run, job: Job, index: int, state: State) -> dict[str, Tens
 
 def load_pair(
     student_dir: Path, teacher_dir: Path, options: Any, name: str, weights: dict[str, Tensor], device: torch.device,
-    teacher_weights: dict[str, Tensor] | None = None, seed: int = 0,
+    teacher_weights: dict[str, Tensor] | None = None, seed: int = 0, configs: tuple[Any, Any] = (None, None),
 ) -> tuple[Any, Any, dict[str, nn.Parameter]]:  # fmt: skip
     """Student and teacher as a stage needs them: what is trained in fp32, what is frozen and equal held once.
 
@@ -273,6 +288,7 @@ def load_pair(
         device: where both go.
         teacher_weights: what earlier steps made of some of the teacher's, where that is a former student.
         seed: of fresh adapters.
+        configs: the student's and the teacher's in place of their directories'.
 
     Returns:
         (student in training mode, teacher in eval mode or None, trained parameters by name, adapters last).
@@ -282,8 +298,8 @@ def load_pair(
         MissingDependencyError: adapters without peft.
     """
     dtype = torch.float32 if options.dtype == "fp32" else None
-    student = load_model(student_dir, dtype)
-    teacher: Any = load_model(teacher_dir, dtype) if options.needs_teacher else None
+    student = load_model(student_dir, dtype, configs[0])
+    teacher: Any = load_model(teacher_dir, dtype, configs[1]) if options.needs_teacher else None
     sizes = ("hidden_size", "num_hidden_layers", "vocab_size") if name == "align" else ("vocab_size",)
     for size in sizes:
         own = getattr(student.config, size)
@@ -329,5 +345,6 @@ def share_frozen(student: nn.Module, teacher: nn.Module) -> int:
     return saved
 
 
-def _write(student_dir: Path, weights: dict[str, Tensor], staging: Staging, lineage: dict[str, Any]) -> None:
-    save_checkpoint(filled(load_model(student_dir), weights), student_dir, staging, lineage)
+def _write(job: Job, weights: dict[str, Tensor], staging: Staging, lineage: dict[str, Any]) -> None:
+    model = load_model(job.student, config=job.configs[-1][0])
+    save_checkpoint(filled(model, weights), job.student, staging, lineage)

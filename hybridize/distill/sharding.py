@@ -9,6 +9,7 @@ gathers the teacher's layers and, beside each, the student's mixer and MLP, whic
 next one comes; what it does not use is not read at all.
 """
 
+import copy
 import logging
 import os
 from collections.abc import Callable
@@ -111,10 +112,11 @@ def let_go(model: Any) -> None:
         decoder[0].reshard()
 
 
-def empty_model(found: Checkpoint, dtype: torch.dtype | None) -> Any:
-    """A model whose parameters have shape and dtype and no memory; its buffers are as the config makes them."""
+def empty_model(found: Checkpoint, dtype: torch.dtype | None, config: Any = None) -> Any:
+    """A model whose parameters have shape and dtype and no memory; its buffers are as the config (None: its own) makes them."""
+    used = found.config if config is None else copy.deepcopy(config)
     with init_empty_weights(include_buffers=False):
-        model: Any = AutoModelForCausalLM.from_config(found.config, attn_implementation="sdpa")
+        model: Any = AutoModelForCausalLM.from_config(used, attn_implementation="sdpa")
     # Parameters that lost their memory one by one are no longer the same where the config ties them.
     model.tie_weights()
     for name, parameter in model.named_parameters():
@@ -203,8 +205,9 @@ def fill(
 
 
 def load_sharded_pair(
-    student_dir: Path, teacher_dir: Path, options: Any, name: str, kept: set[str], device: torch.device, mesh: DeviceMesh
-) -> tuple[Any, Any, dict[str, nn.Parameter]]:
+    student_dir: Path, teacher_dir: Path, options: Any, name: str, kept: set[str], device: torch.device, mesh: DeviceMesh,
+    configs: tuple[Any, Any] = (None, None),
+) -> tuple[Any, Any, dict[str, nn.Parameter]]:  # fmt: skip
     """As run.load_pair, divided over the processes of `mesh`; the values of `kept` are for the training state to bring.
 
     Raises:
@@ -213,7 +216,8 @@ def load_sharded_pair(
     """
     dtype = torch.float32 if options.dtype == "fp32" else None
     opened = open_checkpoint(student_dir), open_checkpoint(teacher_dir)
-    student, teacher = (empty_model(found, dtype) for found in opened)
+    student = empty_model(opened[0], dtype, configs[0])
+    teacher = empty_model(opened[1], dtype, configs[1]) if options.needs_teacher else None
     trained = options.choose(options.candidates(student), name)
     options.check_rates(trained, name)
     for key, parameter in student.named_parameters():
@@ -223,8 +227,8 @@ def load_sharded_pair(
     if name == "align":
         shard_for_align(student, teacher, options, mesh)
     else:
-        shard_whole(student, mesh)
-        shard_whole(teacher, mesh)
+        for model in (student,) if teacher is None else (student, teacher):
+            shard_whole(model, mesh)
     for module in student.modules():
         if isinstance(module, FSDPModule):
             _sum_gradients(module)
@@ -232,14 +236,16 @@ def load_sharded_pair(
         _sum_gradients(student.sharded_decoder[0])
     layers = [f"model.layers.{index}." for index in converted_layers(student)] if name == "align" else []
     norms = ("input_layernorm.weight", "post_attention_layernorm.weight")
-    fill(teacher, opened[1], mesh, device, lambda key: name != "align", set(), {})
+    twins: dict[str, Tensor] = {}
+    if teacher is not None:
+        fill(teacher, opened[1], mesh, device, lambda key: name != "align", set(), {})
+        twins = dict(teacher.eval().named_parameters(remove_duplicate=False))
     saved = fill(
-        student, opened[0], mesh, device, lambda key: any(key.startswith(p) and key.endswith(norms) for p in layers), kept,
-        dict(teacher.named_parameters(remove_duplicate=False)),
-    )  # fmt: skip
+        student, opened[0], mesh, device, lambda key: any(key.startswith(p) and key.endswith(norms) for p in layers), kept, twins
+    )
     log.info("distill: %.1f MB of this process's frozen weights are shared with the teacher", saved / 1e6)
     own = dict(student.named_parameters())
-    return student.train(), teacher.eval(), {key: own[key] for key in trained}
+    return student.train(), teacher, {key: own[key] for key in trained}
 
 
 def _sum_gradients(module: FSDPModule) -> None:
