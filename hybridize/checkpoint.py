@@ -4,6 +4,7 @@ Nothing reaches transformers before config, index and every header were checked 
 architecture expects. `lineage.json` is written last: its presence says that a directory of ours is complete.
 """
 
+import copy
 import dataclasses
 import hashlib
 import logging
@@ -254,19 +255,21 @@ def _refuse_hybrid(base: Described) -> None:
         raise CheckpointError(f"{base.path}: is a hybrid already ({base.config.model_type}). Give the base it came from")
 
 
-def load_model(path: Path | str, dtype: torch.dtype | None = None) -> Any:
+def load_model(path: Path | str, dtype: torch.dtype | None = None, config: Any = None) -> Any:
     """Validate a base or hybrid directory, then load it with transformers, on the CPU, in eval mode.
 
     Args:
         path: the directory.
         dtype: of the weights in memory; None is the checkpoint's own.
+        config: in place of the directory's own, for the same tensors.
 
     Raises:
         CheckpointError: as open_checkpoint; or transformers reports a tensor as missing, unexpected or misshapen.
     """
     found = open_checkpoint(path)
+    used = found.config if config is None else copy.deepcopy(config)
     loaded: Any = AutoModelForCausalLM.from_pretrained(
-        found.path, config=found.config, dtype=dtype or found.dtype, attn_implementation="sdpa", local_files_only=True,
+        found.path, config=used, dtype=dtype or found.dtype, attn_implementation="sdpa", local_files_only=True,
         use_safetensors=True, trust_remote_code=False, output_loading_info=True,
     )  # fmt: skip
     model, info = loaded

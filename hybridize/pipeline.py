@@ -34,6 +34,7 @@ from hybridize.data import (
 )
 from hybridize.distill import STAGES, build_stages, check_for_run, check_sources, distill
 from hybridize.distill.cost import Machine, StageCost, refuse, run_cost
+from hybridize.distill.job import in_stage
 from hybridize.distill.teacher_cache import open_cache
 from hybridize.distill.teachers import is_cache
 from hybridize.errors import ConfigError, DataError
@@ -80,11 +81,17 @@ def check_components(recipe: Recipe) -> None:
 
 
 def fitted(stages: list[dict[str, Any]], config: Any) -> list[dict[str, Any]]:
-    """Stages with rows no longer than the checkpoint's context, but for those that say so, as recipes name no model sizes."""
-    context = getattr(config, "max_position_embeddings", None)
+    """Stages with rows no longer than the checkpoint's context, which `long` stretches, but for those that say they may be.
+
+    Recipes name no model sizes, so that rows are cut to what a base has room for. Raises ConfigError for a context that cannot
+    be stretched.
+    """
     out = []
     for stage in stages:
         built = STAGES.build(stage)
+        with in_stage(stage["name"]):
+            config = built.student_config(config)
+        context = getattr(config, "max_position_embeddings", None)
         if context and built.seq_tokens > context and not built.beyond_context:
             log.info("stage %s: rows of %d tokens, the checkpoint's context", stage["name"], context)
             stage = {**stage, "seq_tokens": context}

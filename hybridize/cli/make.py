@@ -50,6 +50,7 @@ def info(checkpoint: Annotated[str, typer.Argument(metavar="DIR", help="Director
         "path": str(found.path), "family": found.family, "hybrid": found.is_hybrid,
         "dtype": str(found.dtype).removeprefix("torch."),
         "layers": len(mixers), "mixers": [spec["name"] for spec in mixers], "parameters": parameters,
+        "context": found.config.max_position_embeddings, "rope": dict(found.config.rope_parameters),
         "state_bytes": {str(t): promised_bytes(found.config, t) for t in (1024, 32768, 131072)},
         "native": native_verdict(found.config, mixers),
     }  # fmt: skip
@@ -59,6 +60,7 @@ def info(checkpoint: Annotated[str, typer.Argument(metavar="DIR", help="Director
             ["", ""], ["family", f"{found.family} ({'hybrid' if found.is_hybrid else 'base'}, {value['dtype']})"],
             ["layers", f"{len(mixers)}: " + ", ".join(f"{n} {name}" for name, n in counts.items())],
             ["parameters", f"{parameters:,}"],
+            ["context", f"{value['context']:,} tokens (rope_type {value['rope']['rope_type']})"],
             *([f"state at {t} tokens", human_bytes(n)] for t, n in value["state_bytes"].items()),
             ["native class", f"{value['native']['target']} ({value['native']['reason']})"],
         ],

@@ -104,7 +104,8 @@ class Sample:
         angles = (cos, sin)
         flat = self.k.flatten(2)
         key = _turned((flat @ rotary.rope_key.float().T)[:, :, None], angles)[:, :, 0]
-        plain = (flat @ rotary.plain.float().T).unflatten(-1, (-1, self.heads.width))
+        # cos of position 0 is what the rotary embedding lengthens by; the mixer gives plain scores the same.
+        plain = (flat @ rotary.plain.float().T).unflatten(-1, (-1, self.heads.width)) * self.angles[0][0, 0, 0].square()
         wrong = []
         for head in range(self.heads.count):
             group = head // (self.heads.count // self.heads.groups)

@@ -85,7 +85,7 @@ class MLAFromGQA:
             raise ConfigError(f"mla method {self.method!r} needs text to calibrate on. Give text, or method svd")
         heads = read_heads(source, mixer, config, calibration)
         projected = None if calibration is None else Projected(heads, calibration)
-        factors = self._factors(heads, mixer, config, calibration, projected)
+        factors = self._factors(heads, mixer, calibration, projected)
         made = assemble(heads, factors, mixer)
         if "kv_a_layernorm.weight" in made:
             made["kv_a_layernorm.weight"] = _latent_scale(mixer, made, factors, projected)
@@ -99,7 +99,7 @@ class MLAFromGQA:
         return made
 
     def _factors(
-        self, heads: Heads, mixer: LatentAttention, config: Any, calibration: LayerCalibration | None, projected: Projected | None
+        self, heads: Heads, mixer: LatentAttention, calibration: LayerCalibration | None, projected: Projected | None
     ) -> Factors:
         if mixer.full_rope and mixer.rank == heads.groups * heads.width:
             rotary, latent = every_pair(heads), identity_latent(heads)
@@ -114,8 +114,6 @@ class MLAFromGQA:
             else:
                 rotary = own_pairs(heads, choose_pairs(heads, mixer, self.select, calibration))
             latent = joint_svd(heads, mixer.rank, rotary.plain)
-            # Some rotary embeddings (yarn) also lengthen what they turn; plain keys get the same.
-            latent["up_keys"] = latent["up_keys"] * float(family_of(config).rotary(config).attention_scaling) ** 2
         return Factors(pairs=rotary.pairs, rope_key=rotary.rope_key, rope_query=rotary.rope_query, **latent)
 
 
@@ -139,8 +137,8 @@ def context(module: LatentAttention, factors: Factors, projected: Projected, som
     q, keys = projected.q[some], projected.k[some].flatten(2)
     turned = torch.einsum("nthd,hrd->nhtr", q, factors.rope_query.float())
     latent = _latents(factors, keys, projected.v[some].flatten(2))
-    turned, latent, key = module.rotate(turned, latent, keys @ factors.rope_key.float().T, projected.angles)
-    plain = q[..., : module.plain].transpose(1, 2)
+    plain, rope_key = q[..., : module.plain].transpose(1, 2), keys @ factors.rope_key.float().T
+    plain, turned, latent, key = module.rotate(plain, turned, latent, rope_key, projected.angles)
     return module.expanded(plain, turned, latent[:, None], key[:, None], None).transpose(1, 2).flatten(2)
 
 

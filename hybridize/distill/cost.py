@@ -17,6 +17,7 @@ from hybridize.checkpoint import Described, describe, stored_dtype
 from hybridize.distill.adapters import Lora, targeted
 from hybridize.distill.align import aligned_layers
 from hybridize.distill.counting import Beside, Known, LayerCounter, Work, fake_tensors
+from hybridize.distill.job import configs_of
 from hybridize.distill.losses import LOSSES, asks_of_teacher
 from hybridize.distill.options import StageOptions
 from hybridize.distill.streams import on_disk, scratch_bytes
@@ -69,7 +70,7 @@ class Sizes:
 
 @dataclass(frozen=True, kw_only=True)
 class StageCost:
-    """One stage of a run."""
+    """One stage of a run, or its rows of one length."""
 
     name: str
     tokens: int
@@ -84,6 +85,8 @@ class StageCost:
     """Of files in the output's scratch folder at their most, training states aside; 0 where the stage has none else."""
     advice: str = field(default="")
     """Why it will not fit and what would; empty when it fits or nothing is known."""
+    stage: int = 1
+    """Its number in the run, from 1."""
 
     @property
     def certain_bytes(self) -> float:
@@ -353,7 +356,7 @@ def run_cost(
     machine: Machine,
     cache: TeacherCache | None = None,
 ) -> list[StageCost]:
-    """The cost of every stage of a run; reads config.json and headers only.
+    """The cost of every stage of a run, of one whose rows grow by their length; reads config.json and headers only.
 
     Args:
         student: the hybrid's directory, or what a plan says of one that is not there yet.
@@ -371,15 +374,20 @@ def run_cost(
         teacher = student
     teacher = teacher if isinstance(teacher, Described) else describe(teacher)
     costs, before, known = [], set(), {}
-    for name, options in stages:
-        cost, trained = stage_cost(student, teacher, name, options, before, machine, known, cache)
-        costs.append(cost)
+    configs = configs_of(student.config, teacher.config, stages, cache)
+    for number, ((name, options), (own, other)) in enumerate(zip(stages, configs, strict=True), 1):
+        models = replace(student, config=own), replace(teacher, config=other)
+        trained: set[str] = set()
+        for part in options.parts:
+            label = name if len(options.parts) == 1 else f"{name} at {part.seq_tokens}"
+            cost, trained = stage_cost(*models, name, part, before, machine, known, cache)
+            costs.append(replace(cost, name=label, stage=number))
         before |= trained
     return costs
 
 
 def refuse(costs: list[StageCost], machine: Machine) -> None:
     """Raise a ConfigError for a stage whose weights, gradients and moments alone are more than there is."""
-    for number, cost in enumerate(costs, 1):
+    for cost in costs:
         if machine.bytes_each is not None and cost.certain_bytes > machine.bytes_each:
-            raise ConfigError(f"stage {number} ({cost.name}): {cost.advice}")
+            raise ConfigError(f"stage {cost.stage} ({cost.name}): {cost.advice}")

@@ -116,7 +116,8 @@ class DiskStage:
         self.name, self.options = job.stages[index]
         self.device = run.accelerator.device
         self.folder = disk_folder(run.scratch, index)
-        self.opened = open_checkpoint(job.student), open_checkpoint(job.teacher)
+        opened = open_checkpoint(job.student), open_checkpoint(job.teacher)
+        self.opened = [replace(found, config=own) for found, own in zip(opened, job.configs[index], strict=True)]
         check_sizes(self.name, self.opened[0].config, self.opened[1].config, (job.student, job.teacher))
         self.dtype = torch.float32 if self.options.dtype == "fp32" else self.opened[1].dtype
         for found in self.opened:

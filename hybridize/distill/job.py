@@ -1,7 +1,9 @@
 """One call of distill as data: its stages, what each reads, and what is measured between them."""
 
+import contextlib
 import glob
 import logging
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,10 +18,10 @@ from hybridize.data.documents import SUFFIXES
 from hybridize.distill.chat import Examples
 from hybridize.distill.loop import Progress, Run, seed_of
 from hybridize.distill.posttrain import PostTraining, Recall, compare_recall, recall_path
-from hybridize.distill.rows import ChatBlocks, TextRows
+from hybridize.distill.rows import ChatBlocks, PartBlocks, TextRows
 from hybridize.distill.stages import STAGES
 from hybridize.distill.teacher_cache import CachedSignals, TeacherCache, cached_stages, check_files, check_text
-from hybridize.distill.teachers import check_vocabulary
+from hybridize.distill.teachers import check_vocabulary, runs_model
 from hybridize.errors import ConfigError, DataError
 from hybridize.storage import partial_folder, write_json
 
@@ -31,6 +33,8 @@ class Job:
     """What one call is to do: its stages and what they read."""
 
     stages: list[tuple[str, Any]]
+    configs: list[tuple[Any, Any]]
+    """Of each stage: the student's config and the teacher's while it runs."""
     examples: list[Examples | None]
     """Of each stage: what it trains on, where that is not the text."""
     tokens: Tokens | Mixture | None
@@ -64,13 +68,50 @@ def wanted(stages: list[dict[str, Any]]) -> list[tuple[str, Any]]:
     Raises:
         ConfigError: none is left.
     """
-    built = [(spec["name"], options) for spec in stages for options in STAGES.build(spec).parts()]
+    built = [(spec["name"], options) for spec in stages for options in STAGES.build(spec).expanded()]
     kept = [pair for pair in built if not (isinstance(pair[1], PostTraining) and pair[1].optional and pair[1].data is None)]
     for name, _ in (pair for pair in built if pair not in kept):
         log.info("stage %s: optional, and was given no data; left out", name)
     if not kept:
         raise ConfigError(f"distill: all stages are optional and have no data: {', '.join(name for name, _ in built)}")
     return kept
+
+
+def configs_of(
+    student: Any, teacher: Any, stages: list[tuple[str, Any]], cache: TeacherCache | None = None
+) -> list[tuple[Any, Any]]:
+    """(the student's config, the teacher's) while each stage runs; the last student's is that of the output.
+
+    Args:
+        student: config of the hybrid as the run finds it.
+        teacher: of its teacher.
+        stages: (name, options) each.
+        cache: what stands in for the teacher where it can.
+
+    Raises:
+        ConfigError: a stage that asks for rows one of the two has no positions for.
+    """
+    found = []
+    for name, options in stages:
+        with in_stage(name):
+            student = options.student_config(student)
+            followed = student if options.follows_itself else options.teacher_config(teacher)
+            # Chats and pairs are as long as they are, whatever the rows could hold.
+            if not isinstance(options, PostTraining):
+                options.check_context(student, "student")
+                if runs_model(options, cache):
+                    options.check_context(followed, "teacher")
+            found.append((student, followed))
+    return found
+
+
+@contextlib.contextmanager
+def in_stage(name: str) -> Iterator[None]:
+    """Errors of options name their stage."""
+    try:
+        yield
+    except ConfigError as error:
+        raise ConfigError(f"stage {name!r}: {error}") from error
 
 
 def source_of(options: Any, name: str, text: Sources | Tokens | Mixture | None) -> str | Path | None:
@@ -145,12 +186,11 @@ def blocks_of(job: Job, index: int, seed: int, config: Any) -> Any:
     assert text is not None
     if text.max_id >= config.vocab_size:
         raise ConfigError(f"data: token {text.max_id} is outside the student's vocabulary of {config.vocab_size}")
-    if options.seq_tokens > config.max_position_embeddings and not options.beyond_context:
-        raise ConfigError(
-            f"stage {name!r}: seq_tokens is {options.seq_tokens}, expected at most the student's max_position_embeddings of "
-            f"{config.max_position_embeddings}; set beyond_context to true to train beyond it"
-        )
-    blocks = TrainBlocks(text, options.seq_tokens, options.step_rows, seed, text.bos_id, options.documents)
+    with in_stage(name):
+        options.check_context(config, "student")
+        options.check_text(text)
+    parts = [TrainBlocks(text, part.seq_tokens, part.step_rows, seed, text.bos_id, options.documents) for part in options.parts]
+    blocks = parts[0] if len(parts) == 1 else PartBlocks(options, parts)
     return TextRows(blocks) if isinstance(options, PostTraining) else blocks
 
 
@@ -163,7 +203,7 @@ def measure_recall(run: Run, job: Job, index: int, when: str, weights: dict[str,
     if when == "before" and path.exists():
         return
     device = run.accelerator.device
-    model = load_model(job.student, torch.float32 if device.type == "cpu" else None)
+    model = load_model(job.student, torch.float32 if device.type == "cpu" else None, job.configs[index][0])
     found = job.recall(filled(model, weights).to(device), options.recall_pairs)
     record = {"before": found}
     if when == "after":

@@ -49,7 +49,7 @@ class KLStage(StageOptions):
     def replacement(self) -> Replacement | None:
         return None if self.replace is None else Replacement(**self.replace)
 
-    def parts(self) -> list[StageOptions]:
+    def expanded(self) -> list[StageOptions]:
         """A stage for each step of `replace`, with the same part of the tokens."""
         found = self.replacement
         if found is None or found.step is not None:

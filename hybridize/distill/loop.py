@@ -210,33 +210,38 @@ def train(
     """
     optimizer = options.optimizer(trained)
     restore_moments(trained, optimizer, start.moments)
-    parts = options.learners(trained if shares is None else shares.parameters)
-    guards = {loss: start.guards.get(loss, Guard()) for loss in parts}
+    learners = options.learners(trained if shares is None else shares.parameters)
+    guards = {loss: start.guards.get(loss, Guard()) for loss in learners}
     before = passes[0] * options.steps
     last_save = f"step {start.position.step}" if start.position.step else "the start of the stage"
     with StopSignals() as signals:
         for step in range(start.position.step - before, options.steps):
             began = time.perf_counter()
             torch.manual_seed(seed_of(run.seed, stage, step, run.accelerator.process_index))
-            found = gradients(run, options, micro_step, trained, blocks.batch(step), signals.asked)
-            norms = norms_of(parts, run.accelerator.device, shares is not None)
+            number, first = options.place(step)
+            part = options.parts[number]
+            if first == 0:
+                # Rows of another length have other losses.
+                guards = {loss: Guard() for loss in learners}
+            found = gradients(run, part, micro_step, trained, blocks.batch(step), signals.asked)
+            norms = norms_of(learners, run.accelerator.device, shares is not None)
             where = f"stage {stage + 1} ({name}), step {before + step + 1}"
             skipped = 0
-            for (loss, part), norm in zip(parts.items(), norms, strict=True):
+            for (loss, own), norm in zip(learners.items(), norms, strict=True):
                 taken = judge(
                     guards[loss], options.on_spike, loss, found.losses if loss == "loss" else {loss: found.losses[loss]},
-                    worst_rows(found.by_row, options.rows), norm.item(),
-                    {key: p.grad for key, p in part.items() if p.grad is not None},
+                    worst_rows(found.by_row, part.rows), norm.item(),
+                    {key: p.grad for key, p in own.items() if p.grad is not None},
                     f"{where}, stopped before the update; last saved state: {last_save}",
                 )  # fmt: skip
                 if not taken:
                     # Without a gradient AdamW leaves weight, moments and count alone.
                     skipped += 1
-                    for parameter in part.values():
+                    for parameter in own.values():
                         parameter.grad = None
                     continue
                 if options.clip is not None:
-                    nn.utils.clip_grads_with_norm_(part.values(), options.clip, norm)
+                    nn.utils.clip_grads_with_norm_(own.values(), options.clip, norm)
                 guards[loss].taken(found.losses[loss])
             for group in optimizer.param_groups:
                 group["lr"] = group["full_lr"] * options.rate(step)
@@ -247,6 +252,7 @@ def train(
                 "stage": stage + 1, "name": name, "step": done, "tokens": done * options.step_tokens, **found.losses,
                 "lr": options.lr * options.rate(step), "grad_norm": norms.norm().item(),
                 **({"skipped": skipped} if skipped else {}),
+                "seq_tokens": part.seq_tokens,
                 "tokens_per_s": options.step_tokens / (time.perf_counter() - began),
             }  # fmt: skip
             _report(run, row, passes[1] * options.steps * options.step_tokens)

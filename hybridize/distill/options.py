@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
+from hybridize.data import Mixture, Tokens
 from hybridize.distill.adapters import Lora
 from hybridize.distill.guards import OnSpike
 from hybridize.distill.losses import LOSSES
@@ -111,6 +112,41 @@ class StageOptions:
         return {"loss": trained}
 
     @property
+    def parts(self) -> list["StageOptions"]:
+        """The stage by length of rows, in order: itself alone, but for stages that make their rows longer on the way.
+
+        All parts have the same tokens in a step, and their steps add up to the stage's.
+        """
+        return [self]
+
+    def place(self, step: int) -> tuple[int, int]:
+        """(which part a step is of, its number in there), all counted from 0."""
+        for index, part in enumerate(self.parts):
+            if step < part.steps:
+                return index, step
+            step -= part.steps
+        raise AssertionError(f"{step + 1} steps beyond the stage's end")
+
+    def student_config(self, config: Any) -> Any:
+        """The student's config while the stage runs and after it, of the one before it. Raises ConfigError for none that fits."""
+        return config
+
+    def teacher_config(self, config: Any) -> Any:
+        """The teacher's config while the stage runs, of its own. Raises ConfigError for none that fits."""
+        return config
+
+    def check_text(self, text: Tokens | Mixture) -> None:
+        """Raise ConfigError for a text that the stage can learn nothing from."""
+
+    def check_context(self, config: Any, whose: str, next_step: str = "") -> None:
+        """Raise ConfigError for rows that are longer than a model's context, where nobody asked for such."""
+        if self.seq_tokens > config.max_position_embeddings and not self.beyond_context:
+            raise ConfigError(
+                f"seq_tokens is {self.seq_tokens}, expected at most the {whose}'s max_position_embeddings of "
+                f"{config.max_position_embeddings}; {next_step}set beyond_context to true to train beyond it"
+            )
+
+    @property
     def step_rows(self) -> int:
         return self.rows * self.accumulate
 
@@ -126,7 +162,7 @@ class StageOptions:
     def save_steps(self) -> int:
         return max(1, (self.save_tokens or self.tokens // 10) // self.step_tokens)
 
-    def parts(self) -> list["StageOptions"]:
+    def expanded(self) -> list["StageOptions"]:
         """The stages that this one is short for, in order."""
         return [self]
 

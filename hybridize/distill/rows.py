@@ -8,12 +8,13 @@ Letters: B rows, L texts side by side in an item (1, or chosen and rejected), T 
 
 import bisect
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from hybridize.data import TrainBlocks
+from hybridize.data import Batch, TrainBlocks
 from hybridize.distill.chat import Example, Examples
 
 
@@ -120,10 +121,22 @@ def collate(rows: list[tuple[Lane, ...]]) -> ChatBatch:
     return ChatBatch(ids=torch.from_numpy(ids), learnt=torch.from_numpy(learnt), positions=torch.from_numpy(positions))
 
 
+class PartBlocks:
+    """Blocks of a stage whose rows grow: each part has its own, from their beginning."""
+
+    def __init__(self, options: Any, parts: list[TrainBlocks]):
+        self.options, self.parts = options, parts
+
+    def batch(self, step: int) -> Batch:
+        """The rows of one step of the stage."""
+        part, number = self.options.place(step)
+        return self.parts[part].batch(number)
+
+
 class TextRows:
     """Blocks of plain text as such batches: every token but a document's first is learnt."""
 
-    def __init__(self, blocks: TrainBlocks):
+    def __init__(self, blocks: TrainBlocks | PartBlocks):
         self.blocks = blocks
 
     def batch(self, step: int) -> ChatBatch:

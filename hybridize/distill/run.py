@@ -13,7 +13,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
 
-from hybridize.checkpoint import load_model, open_checkpoint, save_changed
+from hybridize.checkpoint import describe, load_model, open_checkpoint, save_changed
 from hybridize.core import digest
 from hybridize.data import Mixture, Sources, Tokens, load_tokenizer, read_tokens
 from hybridize.distill.adapters import Lora, inject, is_adapter, merged, targeted, watched
@@ -23,6 +23,7 @@ from hybridize.distill.job import (
     blocks_of,
     check_cache,
     check_sizes,
+    configs_of,
     measure_recall,
     read_examples,
     source_of,
@@ -66,7 +67,7 @@ def distill(
 
     Args:
         student_dir: a hybrid directory; its dtypes are those of the output, whatever the training ran in.
-        stages: {"name": "align" | "kl" | "gates" | "sft" | "dpo", **options} each; see StageOptions.
+        stages: {"name": "align" | "kl" | "long" | "gates" | "sft" | "dpo", **options} each; see StageOptions.
         text: what to train on, all of it: a source as `data.read_documents` takes it, several as {source: weight}, or tokens;
             None where every stage has `data` of its own.
         out: the output directory; must not exist. Its `<out>.metrics.jsonl` appears beside it.
@@ -99,9 +100,11 @@ def distill(
     if plain and text is None:
         raise ConfigError(f"stage {plain[0]!r}: trains on text and was given none. Name it with --data")
     student_dir, out = Path(student_dir), Path(out).absolute()
-    open_checkpoint(student_dir)
+    found = open_checkpoint(student_dir)
     lineage = read_lineage(student_dir)
     taught = prepare(student_dir, teacher, built, seed)
+    theirs = describe(taught.model) if any(runs_model(options, taught.cache) for _, options in built) else found
+    configs = configs_of(found.config, theirs.config, built, taught.cache)
     accelerator = _accelerator(tracker, out)
     if (shard or accelerator.num_processes > 1) and any(on_disk(options) for _, options in built):
         how = "--shard" if shard else f"{accelerator.num_processes} processes"
@@ -129,8 +132,8 @@ def distill(
         return out
     main = accelerator.is_main_process
     job = Job(
-        stages=built, examples=examples, tokens=tokens, student=student_dir, teacher=taught.model, out=out, recall=recall,
-        cache=taught.cache,
+        stages=built, configs=configs, examples=examples, tokens=tokens, student=student_dir, teacher=taught.model, out=out,
+        recall=recall, cache=taught.cache,
     )  # fmt: skip
     check_cache(job, seed, accelerator, progress)
     # A run that stopped at a spike is the same job when it goes on past it.
@@ -141,9 +144,9 @@ def distill(
             assert state is not None
             carried = {key: value for key, value in lineage.items() if key not in ("files", "versions")}
             carried["distill"] = [*lineage.get("distill", []), record]
-            if found := recall_records(job.scratch, built):
-                carried["recall"] = [*lineage.get("recall", []), *found]
-            save_changed(open_checkpoint(student_dir), state.weights, staging, carried)
+            if records := recall_records(job.scratch, built):
+                carried["recall"] = [*lineage.get("recall", []), *records]
+            save_changed(dataclasses.replace(found, config=configs[-1][0]), state.weights, staging, carried)
             staging.finish()
     accelerator.wait_for_everyone()
     accelerator.end_training()
@@ -274,14 +277,14 @@ def _train_stage(run: Run, job: Job, index: int, state: State) -> dict[str, Tens
     if run.mesh is None:
         student, teacher, trained = load_pair(
             job.student, job.teacher_for(options), options, name, state.weights, device,
-            before if options.follows_itself else {}, seed_of(run.seed, index),
+            before if options.follows_itself else {}, seed_of(run.seed, index), job.configs[index],
         )  # fmt: skip
         carried = {key: value for key, value in state.weights.items() if key not in trained and not is_adapter(key)}
     else:
         folder = latest_folder(run.scratch)
         kept = names_of(folder) if folder is not None else set()
         student, teacher, trained = load_sharded_pair(
-            job.student, job.teacher_for(options), options, name, kept, device, run.mesh
+            job.student, job.teacher_for(options), options, name, kept, device, run.mesh, job.configs[index]
         )
         own = dict(student.named_parameters())
         carried = {key: own[key].detach() for key in kept if key not in trained}
@@ -322,7 +325,7 @@ def _train_stage(run: Run, job: Job, index: int, state: State) -> dict[str, Tens
 
 def load_pair(
     student_dir: Path, teacher_dir: Path | None, options: Any, name: str, weights: Mapping[str, Tensor], device: torch.device,
-    teacher_weights: dict[str, Tensor] | None = None, seed: int = 0,
+    teacher_weights: dict[str, Tensor] | None = None, seed: int = 0, configs: tuple[Any, Any] = (None, None),
 ) -> tuple[Any, Any, dict[str, nn.Parameter]]:  # fmt: skip
     """Student and teacher as a stage needs them: what is trained in fp32, what is frozen and equal held once.
 
@@ -335,6 +338,7 @@ def load_pair(
         device: where both go.
         teacher_weights: what earlier steps made of some of the teacher's, where that is a former student.
         seed: of fresh adapters.
+        configs: the student's and the teacher's in place of their directories'.
 
     Returns:
         (student in training mode, teacher in eval mode or None, trained parameters by name, adapters last).
@@ -344,10 +348,10 @@ def load_pair(
         MissingDependencyError: adapters without peft.
     """
     dtype = torch.float32 if options.dtype == "fp32" else None
-    student = load_model(student_dir, dtype)
+    student = load_model(student_dir, dtype, configs[0])
     teacher: Any = None
     if teacher_dir is not None and options.needs_teacher:
-        teacher = load_model(teacher_dir, dtype)
+        teacher = load_model(teacher_dir, dtype, configs[1])
         check_sizes(name, student.config, teacher.config, (student_dir, teacher_dir))
     # What the stage adds to the student comes first into being, then gets its values.
     added = weights.keys() - tensors_of(student).keys()

@@ -9,6 +9,7 @@ gathers the teacher's layers and, beside each, the student's mixer and MLP, whic
 next one comes; what it does not use is not read at all.
 """
 
+import copy
 import logging
 import os
 from collections.abc import Callable
@@ -113,10 +114,11 @@ def let_go(model: Any) -> None:
         decoder[0].reshard()
 
 
-def empty_model(found: Checkpoint, dtype: torch.dtype | None) -> Any:
-    """A model whose parameters have shape and dtype and no memory; its buffers are as the config makes them."""
+def empty_model(found: Checkpoint, dtype: torch.dtype | None, config: Any = None) -> Any:
+    """A model whose parameters have shape and dtype and no memory; its buffers are as the config (None: its own) makes them."""
+    used = found.config if config is None else copy.deepcopy(config)
     with init_empty_weights(include_buffers=False):
-        model: Any = AutoModelForCausalLM.from_config(found.config, attn_implementation="sdpa")
+        model: Any = AutoModelForCausalLM.from_config(used, attn_implementation="sdpa")
     # Parameters that lost their memory one by one are no longer the same where the config ties them.
     model.tie_weights()
     for name, parameter in model.named_parameters():
@@ -208,8 +210,9 @@ def fill(
 
 
 def load_sharded_pair(
-    student_dir: Path, teacher_dir: Path | None, options: Any, name: str, kept: set[str], device: torch.device, mesh: DeviceMesh
-) -> tuple[Any, Any, dict[str, nn.Parameter]]:
+    student_dir: Path, teacher_dir: Path | None, options: Any, name: str, kept: set[str], device: torch.device, mesh: DeviceMesh,
+    configs: tuple[Any, Any] = (None, None),
+) -> tuple[Any, Any, dict[str, nn.Parameter]]:  # fmt: skip
     """As run.load_pair, divided over the processes of `mesh`; the values of `kept` are for the training state to bring.
 
     Raises:
@@ -218,11 +221,11 @@ def load_sharded_pair(
     """
     dtype = torch.float32 if options.dtype == "fp32" else None
     opened = open_checkpoint(student_dir)
-    found = None if teacher_dir is None else open_checkpoint(teacher_dir)
-    student, teacher = empty_model(opened, dtype), None
+    found = None if teacher_dir is None or not options.needs_teacher else open_checkpoint(teacher_dir)
+    student, teacher = empty_model(opened, dtype, configs[0]), None
     if teacher_dir is not None and found is not None:
         check_vocabulary(student_dir, teacher_dir)
-        teacher = empty_model(found, dtype)
+        teacher = empty_model(found, dtype, configs[1])
     options.prepare(student, teacher)
     trained = options.choose(options.candidates(student), name)
     options.check_rates(trained, name)
@@ -233,7 +236,7 @@ def load_sharded_pair(
     if name == "align":
         shard_for_align(student, teacher, options, mesh)
     else:
-        for model in (student, teacher) if teacher is not None else (student,):
+        for model in (student,) if teacher is None else (student, teacher):
             shard_whole(model, mesh)
     for module in student.modules():
         if isinstance(module, FSDPModule):

@@ -7,6 +7,7 @@ STAGES = Registry(
     {
         "align": "hybridize.distill.align:Align",
         "kl": "hybridize.distill.kl:KLStage",
+        "long": "hybridize.distill.long:Long",
         "gates": "hybridize.distill.gates:Gates",
         "sft": "hybridize.distill.sft:Sft",
         "dpo": "hybridize.distill.dpo:Dpo",

@@ -17,10 +17,10 @@ import torch.distributed as dist
 from accelerate import Accelerator
 from torch import Tensor
 
-from hybridize.checkpoint import is_finite, load_model, open_checkpoint
+from hybridize.checkpoint import describe, is_finite, load_model, open_checkpoint
 from hybridize.core import digest
 from hybridize.data import Batch, Mixture, Sources, Tokens, TrainBlocks, load_tokenizer, read_tokens, tokenizer_hash
-from hybridize.distill.job import Job, blocks_of, wanted
+from hybridize.distill.job import Job, blocks_of, configs_of, wanted
 from hybridize.distill.kl import read_hidden
 from hybridize.distill.loop import seed_of
 from hybridize.distill.losses import LOSSES, asks_of_teacher
@@ -213,9 +213,10 @@ def teach(
     content = _said_by_main(content)
     if _said_by_main(main and resume and _is_written(out, content)):
         return out
+    configs = configs_of(describe(lesson.student).config, describe(lesson.model).config, lesson.built)
     job = Job(
-        stages=lesson.built, examples=[None] * len(lesson.built), tokens=text, student=lesson.student, teacher=lesson.model,
-        out=out, recall=None,
+        stages=lesson.built, configs=configs, examples=[None] * len(lesson.built), tokens=text, student=lesson.student,
+        teacher=lesson.model, out=out, recall=None,
     )  # fmt: skip
     with Staging(out, resume, digest(content)) if main else contextlib.nullcontext() as staging:
         _write_stages(job, content, seed, staging, accelerator.device, shown)
@@ -265,14 +266,15 @@ def _write_stages(
             rows = open_checkpoint(job.teacher).read_rows("lm_head.weight", 0, content["vocab_size"])
             staging.record(HEAD, write_shard(folder, head, lambda tensor: [tensor_bytes(rows)]))
     missing = _said_by_main(missing)
-    config = open_checkpoint(job.student).config
     for record in content["stages"]:
         shards = missing[record["stage"]]
         if not shards:
             continue
-        name, options = job.stages[record["stage"] - 1]
-        blocks = blocks_of(job, record["stage"] - 1, seed_of(seed, record["stage"] - 1), config)
-        model = load_model(job.teacher, torch.float32 if options.dtype == "fp32" else None).to(device).requires_grad_(False)
+        index = record["stage"] - 1
+        (name, options), configs = job.stages[index], job.configs[index]
+        blocks = blocks_of(job, index, seed_of(seed, index), configs[0])
+        model = load_model(job.teacher, torch.float32 if options.dtype == "fp32" else None, configs[1])
+        model = model.to(device).requires_grad_(False)
         whole = -(-record["rows"] // record["shard_rows"])
         log.info("teach: stage %d (%s): %d of %d shards to write", record["stage"], name, len(shards), whole)
         for first in range(0, len(shards), world):

@@ -63,6 +63,13 @@ class EvalContext:
         """Id of BOS; without a tokenizer, what the config says."""
         return self.model.config.bos_token_id if self.tokenizer is None else self.tokenizer.bos_token_id
 
+    @property
+    def usual_tokens(self) -> int:
+        """Tokens of a block where none are asked for: at most 1024, and the base's context where the model's was stretched."""
+        config = self.model.config
+        original = (config.rope_parameters or {}).get("original_max_position_embeddings", config.max_position_embeddings)
+        return min(config.max_position_embeddings, original, 1024)
+
     def need_text(self, probe: str) -> Tokens:
         if self.text is None:
             raise ConfigError(f"eval: probe {probe!r} reads held-out text, got none. Name a file with --data")

@@ -9,6 +9,9 @@ Parameter names and order are those of transformers' DeepseekV3Attention without
 sqrt(plain + rotary width): export multiplies q_proj by sqrt((plain + rotary) / d), and nothing else changes. Three things it
 lacks are options here: no norm on the latent, rotary pairs at frequencies of their own, and the base's q/k-norms.
 
+YaRN lengthens cos and sin so that every score is larger by one factor. A plain part has neither, and gets the factor itself:
+it is a temperature of the whole softmax (DeepSeek-V2, section 3.1.4, has it beside 1 / sqrt(d)), not a weight of one part.
+
 Many tokens expand the latents to heads; few tokens after a long past are absorbed: queries go into the latent space.
 
 Letters: B batch, T new tokens, S tokens to attend to, H query heads, d head width, r latent width, R rotary width.
@@ -97,6 +100,8 @@ class LatentAttention(nn.Module):
         # With every key dimension rotary there is no plain part, and the latent holds values alone.
         self.plain = 0 if self.full_rope else self.width
         self.dropout = float(config.attention_dropout)
+        # Of queries and of keys, hence squared.
+        self.plain_scale = float(family.rotary(config).attention_scaling) ** 2
         self.normed = family.qk_norm and options.qk_norm == "keep"
         hidden = config.hidden_size
         if self.normed:
@@ -155,15 +160,19 @@ class LatentAttention(nn.Module):
         else:
             plain, turned = q.split([self.plain, self.rope], dim=-1)
         latent, key = self.kv_a_proj_with_mqa(hidden_states).split([self.rank, self.rope], dim=-1)
-        return plain.transpose(1, 2), *self.rotate(turned.transpose(1, 2), latent, key, angles)
+        return self.rotate(plain.transpose(1, 2), turned.transpose(1, 2), latent, key, angles)
 
-    def rotate(self, turned: Tensor, latent: Tensor, key: Tensor, angles: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """Rotary queries [B, H, T, R] and keys [B, T, R] at their positions, and the latents [B, T, r] between them normed."""
+    def rotate(
+        self, plain: Tensor, turned: Tensor, latent: Tensor, key: Tensor, angles: tuple[Tensor, Tensor]
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """What `project` returns, of the same before rotary embedding and norm."""
+        if self.plain_scale != 1:
+            plain = plain * self.plain_scale
         if hasattr(self, "kv_a_layernorm"):
             latent = self.kv_a_layernorm(latent)
         cos, sin = self._rotary(angles)
         turned = turned * cos[:, None] + _half_turn(turned) * sin[:, None]
-        return turned, latent, key * cos + _half_turn(key) * sin
+        return plain, turned, latent, key * cos + _half_turn(key) * sin
 
     def forward(
         self,

@@ -20,16 +20,20 @@ from tests.tolerances import TOLERANCES, assert_close, rms_ratio
 
 METHODS = ("transmla", "svd", "partial_rope")
 FULL = {"kv_rank": "full", "rope_dim": "full", "latent_norm": "none"}
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32, "rope_theta": 10000.0}
 G, D, H, HEADS = 2, 8, 32, 4
 
 
-def layer(family, tmp_path, tokens=24, rows=6, **options):
-    """(source tensors, mixer, config, calibration) of one layer; extras of the base's config go through `base`."""
+def layer(family, tmp_path, tokens=24, rows=6, still=False, **options):
+    """(source tensors, mixer, config, calibration) of one layer; extras of the base's config go through `base`.
+
+    `still` has every token at position 0.
+    """
     base = open_base(tiny_base(family, tmp_path, **options.pop("base", {})))
     prefix = "model.layers.1.self_attn."
     source = {n.removeprefix(prefix): base.read(n) for n in base.tensors if n.startswith(prefix)}
     x = torch.randn(rows, tokens, H, generator=torch.Generator().manual_seed(5))
-    angles = FAMILIES[family].rotary(base.config)(x, torch.arange(tokens)[None])
+    angles = FAMILIES[family].rotary(base.config)(x, torch.arange(tokens)[None] * (not still))
     attention = FAMILIES[family].attention(base.config, 1).eval()
     attention.load_state_dict(source)
     attention.config._attn_implementation = "sdpa"
@@ -82,10 +86,20 @@ def test_full_size_is_the_base(family, method, tmp_path):
 
 
 def test_full_size_follows_a_scaled_rotary_embedding(tmp_path):
-    yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32, "rope_theta": 10000.0}
-    found = layer("llama", tmp_path, base={"rope_parameters": yarn}, **FULL)
+    found = layer("llama", tmp_path, base={"rope_parameters": YARN}, **FULL)
     module, _ = seeded(found, method="svd")
     assert_close(output(module, found[3]), found[3].target, "fp32")
+
+
+@pytest.mark.parametrize("method", ["transmla", "partial_rope"])
+def test_plain_scores_follow_a_scaled_rotary_embedding(method, tmp_path):
+    """Where all tokens are at one place nothing turns, and full rank is the base: all of its scores are lengthened."""
+    found = layer("llama", tmp_path, base={"rope_parameters": YARN}, still=True, kv_rank="full", rope_dim=8)
+    module, _ = seeded(found, method=method, weigh="activations", out_proj="kept", freq_fold=1)
+    assert_close(output(module, found[3]), found[3].target, "fp32")
+    # Wrong on purpose: the rotary part alone.
+    module.plain_scale = 1.0
+    assert rms_ratio(output(module, found[3]), found[3].target) > 100 * TOLERANCES["fp32"][0]
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])

@@ -25,6 +25,8 @@ SMALL = {
 }
 # What a mixer that reads another layer needs in layer 0.
 BELOW = {"gmu": {"name": "mamba2"}, "xkv": {"name": "xkv", "group_layers": 2}}
+# Mixers without a rotary embedding, as they are by default.
+TURNS_NOTHING = {"mamba2", "gdn", "kda", "gmu"}
 CASES = [(family, name) for family in FAMILIES for name in MIXERS.names()]
 ATOL = 2e-5
 
@@ -35,12 +37,14 @@ def bases(tmp_path_factory):
     return {family: tiny_base(family, root) for family in FAMILIES}
 
 
-def build(bases, family, name, keep=(1,), **options):
+def build(bases, family, name, keep=(1,), rope=None, **options):
     """A hybrid with random weights: `name` everywhere but on the layers of `keep`, and on layer 0 where it needs one below."""
     config = AutoConfig.from_pretrained(bases[family])
     spec = {"name": name, **SMALL.get(name, {}), **options}
     specs = [{"name": "attention"} if i in keep else spec for i in range(config.num_hidden_layers)]
     specs[0] = BELOW.get(name, specs[0])
+    if rope is not None:
+        config.rope_parameters = rope
     torch.manual_seed(1)
     model = modeling.build_model(modeling.hybrid_config(config, specs)).eval()
     with torch.no_grad():
@@ -214,6 +218,22 @@ def test_every_layer_may_be_converted(bases, ids, name):
     # What beams put in order are entries of the cache, which no family changes.
     common = {"max_new_tokens": 6, "num_beams": 3, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
     assert torch.equal(model.generate(ids, **common), model.generate(ids, use_cache=False, **common))
+
+
+@pytest.mark.parametrize("name", MIXERS.names())
+def test_a_stretched_rotary_embedding_beyond_the_original_context(bases, ids, name):
+    """Twenty tokens where the base was made for eight: decode is prefill, and whoever turns keys reads the new angles."""
+    yarn = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 8}
+    models = []
+    for rope in (yarn, None):
+        model = build(bases, "llama", name, keep=(), rope=rope)
+        models.append(model)
+    stretched, plain = models
+    out, cache = in_chunks(stretched, ids, (7, 1, 1, 11))
+    assert torch.allclose(out, logits(stretched, ids), atol=ATOL)
+    assert cache_bytes(cache) == 2 * modeling.state_bytes(stretched.config, 20)
+    same = torch.allclose(out, logits(plain, ids), atol=1e-3)
+    assert same is (name in TURNS_NOTHING)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

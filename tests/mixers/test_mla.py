@@ -1,5 +1,7 @@
 """Latent attention by itself: absorbed is expanded, sizes that cannot be are refused, the cache can be cropped."""
 
+import math
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, DynamicCache
@@ -16,13 +18,17 @@ SHAPES = [{}, {"kv_rank": 5, "rope_dim": 4}, {"kv_rank": 3, "rope_dim": "full"},
           {"kv_rank": 7, "rope_dim": 4, "frequencies": "uniform"}]  # fmt: skip
 
 
-def mixer_of(family, tmp_path, **options):
-    config = AutoModelForCausalLM.from_pretrained(tiny_base(family, tmp_path)).config
+YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 32}
+
+
+def mixer_of(family, tmp_path, rope=None, **options):
+    extra = {"rope_parameters": rope} if rope else {}
+    config = AutoModelForCausalLM.from_pretrained(tiny_base(family, tmp_path, **extra)).config
     torch.manual_seed(2)
     return MIXERS.build({"name": "mla", **options}).build(config, 0).eval(), config
 
 
-@pytest.mark.parametrize("options", SHAPES, ids=str)
+@pytest.mark.parametrize("options", [*SHAPES, {"rope_dim": 4, "rope": YARN}], ids=str)
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
 def test_absorbed_is_expanded(family, options, tmp_path):
     mixer, config = mixer_of(family, tmp_path, **options)
@@ -40,6 +46,34 @@ def test_absorbed_is_expanded(family, options, tmp_path):
         # The wrong mask, aligned with the first key instead of the last, shows.
         wrong = mixer.absorbed(*rows, torch.ones(1, 1, 4, 9, dtype=torch.bool).tril())
         assert rms_ratio(wrong, mixer.expanded(*rows, None)) > 0.1
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_yarn_makes_every_score_larger_by_one_factor(family, tmp_path):
+    """Its temperature is that of the softmax: by definition in fp64, from angles that are not lengthened."""
+    mixer, config = mixer_of(family, tmp_path, rope=YARN, rope_dim=4)
+    mixer = mixer.double()
+    x = torch.randn(2, 9, 32, dtype=torch.float64)
+    angles = FAMILIES[family].rotary(config)(x, torch.arange(9)[None])
+    length = 0.1 * math.log(4.0) + 1
+    unit = [angle / length for angle in angles]
+    assert_close(unit[0].square() + unit[1].square(), torch.ones_like(unit[0]), "fp32")
+
+    def matrix(factor):
+        """Weights from scores of plain and rotary parts before either is lengthened."""
+        plain, turned, latent, key = mixer.project(x, unit)
+        up, _ = mixer.kv_b_proj(latent).unflatten(-1, (4, -1)).transpose(1, 2).split([mixer.plain, mixer.width], dim=-1)
+        scores = plain / mixer.plain_scale @ up.mT + turned @ key[:, None].mT
+        later = torch.ones(9, 9, dtype=torch.bool).triu(1)
+        return (scores * factor * mixer.width**-0.5).masked_fill(later, float("-inf")).softmax(-1)
+
+    with torch.no_grad():
+        found = mixer.mixing_matrix(x, angles)
+        assert_close(found, matrix(length**2), "fp64")
+        assert rms_ratio(found, matrix(1.0)) > 1e-3
+        # Wrong on purpose: the plain part as it is.
+        mixer.plain_scale = 1.0
+        assert rms_ratio(mixer.mixing_matrix(x, angles), found) > 1e-3
 
 
 def test_few_tokens_after_a_past_are_absorbed(tmp_path, monkeypatch):

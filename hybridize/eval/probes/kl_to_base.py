@@ -15,7 +15,7 @@ class KlToBase:
     tokens: int = 65_536
     """Text tokens to use, from the start of the text."""
     context: int | None = None
-    """Tokens of a block, BOS counted; None is max_position_embeddings, at most 1024."""
+    """Tokens of a block, BOS counted; None is the model's context and at most the base's, at most 1024."""
     batch_tokens: int = 4096
     """Tokens in one forward pass."""
 
@@ -28,7 +28,7 @@ class KlToBase:
         Raises:
             ConfigError: no text, no base, or a base of another vocabulary.
         """
-        length = self.context or min(context.model.config.max_position_embeddings, 1024)
+        length = self.context or min(context.usual_tokens, context.base.config.max_position_embeddings)
         context.need_context("kl_to_base", length)
         blocks = eval_blocks(context.need_text("kl_to_base"), length, context.bos_id, self.tokens)[: context.limit]
         base, model = context.base, context.model

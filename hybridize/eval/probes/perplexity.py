@@ -17,7 +17,7 @@ class Perplexity:
     tokens: int = 262_144
     """Text tokens to use, from the start of the text."""
     context: int | None = None
-    """Tokens of a block, BOS counted; None is max_position_embeddings, at most 1024."""
+    """Tokens of a block, BOS counted; None is the model's context, or its base's where it was stretched, at most 1024."""
     contexts: list[int] | None = None
     """Several block lengths: each gives `perplexity@T` instead of `perplexity`."""
     batch_tokens: int = 4096
@@ -41,7 +41,7 @@ class Perplexity:
             ConfigError: no text, or a block longer than the model's context.
             CheckpointError: the model's logits are not finite.
         """
-        default = self.context or min(context.model.config.max_position_embeddings, 1024)
+        default = self.context or context.usual_tokens
         results = [self._at(context, length, f"@{length}") for length in self.contexts or []]
         if self.contexts is None:
             results = [self._at(context, default, "")]
