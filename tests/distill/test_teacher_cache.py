@@ -164,6 +164,11 @@ def edit(path, **changes):
     path.write_text(json.dumps({**manifest, "sha256": digest(manifest)}))
 
 
+def outside(cache):
+    files = json.loads((cache / "teacher.json").read_text())["files"]
+    return {"files": {"../x": {"bytes": 1, "sha256": ""}} | files}
+
+
 @pytest.mark.parametrize(
     ("damage", "said"),
     [
@@ -174,14 +179,28 @@ def edit(path, **changes):
         (lambda c: (c / "teacher.json").unlink(), "has no teacher.json, so that the cache is not complete"),
         (lambda c: (c / "teacher.json").write_text("{}"), "teacher.json: is damaged"),
         (lambda c: edit(c / "teacher.json", format=2), "format is 2, expected 1"),
+        (lambda c: edit(c / "teacher.json", stages=[{"stage": 2}]), "a stage has name None, expected as"),
+        (lambda c: edit(c / "teacher.json", files={}), "a file has sha256 None, expected as"),
         (lambda c: edit(c / "teacher.json", row_order=0), "row_order is 0 in the cache, expected 1"),
         (lambda c: edit(c / "teacher.json", hidden_size=16), "its tensors are not those that teacher.json speaks of"),
-        (
-            lambda c: edit(c / "teacher.json", files={"../x": {"bytes": 1, "sha256": ""}}),
-            "expected a plain name inside the folder",
-        ),
+        (lambda c: edit(c / "teacher.json", files={"x": {"bytes": 1, "sha256": ""}}), "has no file stage-02-00000.safetensors"),
+        (lambda c: edit(c / "teacher.json", **outside(c)), "expected a plain name inside the folder"),
     ],
-    ids=["shard", "head", "short", "absent", "manifest", "empty", "format", "order", "shape", "outside"],
+    ids=[
+        "shard",
+        "head",
+        "short",
+        "absent",
+        "manifest",
+        "empty",
+        "format",
+        "stage",
+        "none",
+        "order",
+        "shape",
+        "files",
+        "outside",
+    ],
 )
 def test_a_damaged_cache_is_one_line(folders, cache, tmp_path, damage, said):
     shutil.copytree(cache, tmp_path / "cache")
