@@ -307,8 +307,9 @@ def load_pair(
     student = load_model(student_dir, dtype)
     teacher: Any = None
     if teacher_dir is not None and options.needs_teacher:
-        check_vocabulary(student_dir, teacher_dir)
         teacher = load_model(teacher_dir, dtype)
+        if teacher.config.vocab_size != student.config.vocab_size:
+            check_vocabulary(student_dir, teacher_dir)
     for size in ("hidden_size", "num_hidden_layers") if name == "align" else ():
         own, other = getattr(student.config, size), getattr(teacher.config, size)
         if own != other:

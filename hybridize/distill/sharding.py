@@ -216,8 +216,9 @@ def load_sharded_pair(
     opened = open_checkpoint(student_dir)
     student, teacher = empty_model(opened, dtype), None
     if teacher_dir is not None:
-        check_vocabulary(student_dir, teacher_dir)
         teacher = empty_model(open_checkpoint(teacher_dir), dtype)
+        if teacher.config.vocab_size != student.config.vocab_size:
+            check_vocabulary(student_dir, teacher_dir)
     trained = options.choose(options.candidates(student), name)
     options.check_rates(trained, name)
     for key, parameter in student.named_parameters():
