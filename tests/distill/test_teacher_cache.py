@@ -23,9 +23,11 @@ from hybridize.distill.teacher_cache import CachedSignals, open_cache
 from hybridize.errors import CheckpointError, ConfigError
 from hybridize.lineage import read_lineage
 from hybridize.storage import file_sha256, partial_folder
+from tests.distill.chats import tiny_tokenizer
 from tests.distill.pair import tiny_tokens
 from tests.distill.test_distill import Stop, hashes, rows_of
 from tests.distill.test_sharding import ROOT, launch
+from tests.tiny import tiny_base
 from tests.tolerances import assert_close
 
 KL = {"name": "kl", "tokens": 5 * 64, "seq_tokens": 16, "rows": 2, "accumulate": 2, "lr": 1e-3, "save_tokens": 64}
@@ -317,6 +319,7 @@ KILLED = """
 import os, sys, torch
 torch.set_num_threads(1)
 from hybridize.distill import teach, teaching
+from tests.distill.chats import tiny_tokenizer
 from tests.distill.pair import tiny_tokens
 from tests.distill.test_teacher_cache import KL
 teaching.SHARD_BYTES = 6 * 16 * 32 * 4 + 100
@@ -359,3 +362,19 @@ def test_two_processes_read_their_own_rows(folders, tmp_path, shard):
         done = launch(2, folders[1], tmp_path / out, 0, [KL], shard, teacher)
         assert done.returncode == 0, done.stderr[-2000:]
     assert file_sha256(tmp_path / "out/model.safetensors") == file_sha256(tmp_path / "live/model.safetensors")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("stage", "keep"), [(KL, "hidden"), (TOP, "top_k")], ids=["hidden", "top_k"])
+def test_a_cache_of_a_larger_teacher_with_a_padded_head(folders, tmp_path, stage, keep):
+    sizes = {"hidden_size": 48, "num_attention_heads": 6, "num_hidden_layers": 4, "vocab_size": 80}
+    large = tiny_base("llama", tmp_path, **sizes)
+    student = shutil.copytree(folders[1], tmp_path / "student")
+    for folder in (large, student):
+        tiny_tokenizer().save_pretrained(folder)
+    live = distill(student, [stage], tiny_tokens(), tmp_path / "live", teacher=large)
+    cache = teach(student, [stage], tiny_tokens(), tmp_path / "cache", teacher=large, keep=keep)
+    out = distill(student, [stage], tiny_tokens(), tmp_path / "out", teacher=cache)
+    assert file_sha256(out / "model.safetensors") == file_sha256(live / "model.safetensors")
+    base = distill(student, [stage], tiny_tokens(), tmp_path / "base")
+    assert file_sha256(base / "model.safetensors") != file_sha256(live / "model.safetensors")
