@@ -224,8 +224,9 @@ def load_sharded_pair(
     found = None if teacher_dir is None or not options.needs_teacher else open_checkpoint(teacher_dir)
     student, teacher = empty_model(opened, dtype, configs[0]), None
     if teacher_dir is not None and found is not None:
-        check_vocabulary(student_dir, teacher_dir)
         teacher = empty_model(found, dtype, configs[1])
+        if teacher.config.vocab_size != student.config.vocab_size:
+            check_vocabulary(student_dir, teacher_dir)
     options.prepare(student, teacher)
     trained = options.choose(options.candidates(student), name)
     options.check_rates(trained, name)

@@ -16,6 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 import torch
@@ -35,6 +36,13 @@ FORMAT = 1
 MANIFEST, HEAD = "teacher.json", "head.safetensors"
 OFFERS = {"hidden": frozenset({"hidden", "head"}), "top_k": frozenset({"top_k"})}
 """What is kept -> the signals that it gives a loss."""
+ABOUT = {
+    "keep": str, "k": (int, NoneType), "hidden_size": int, "vocab_size": int, "head_dtype": str, "seed": int, "row_order": int,
+    "text": str, "tokenizer": (str, NoneType), "bos_id": (int, NoneType), "teacher": dict, "stages": list, "files": dict,
+}  # fmt: skip
+ABOUT_STAGE = {
+    "stage": int, "name": str, "rows": int, "shard_rows": int, "seq_tokens": int, "documents": str, "dtype": str,
+}  # fmt: skip
 AGAIN = "write it again with `hybridize teach`"
 
 
@@ -88,13 +96,31 @@ def open_cache(path: Path) -> TeacherCache:
     content = {key: value for key, value in manifest.items() if key != "sha256"} if isinstance(manifest, dict) else None
     if content is None or manifest.get("sha256") != digest(content):
         raise CheckpointError(f"{file}: is damaged, it is not what was written; {AGAIN}")
-    if content["format"] != FORMAT:
-        raise CheckpointError(f"{file}: format is {content['format']!r}, expected {FORMAT}; {AGAIN}")
+    if content.get("format") != FORMAT:
+        raise CheckpointError(f"{file}: format is {content.get('format')!r}, expected {FORMAT}; {AGAIN}")
+    _check_form(content, str(file))
     for name, record in content["files"].items():
         found = inside(path, name)
         if not found.is_file() or found.stat().st_size != record["bytes"]:
             raise CheckpointError(f"{found}: is absent or does not have its {record['bytes']} bytes; {AGAIN}")
     return TeacherCache(path=path, manifest=manifest)
+
+
+def _check_form(content: dict[str, Any], where: str) -> None:
+    """Raise CheckpointError for a manifest without something that is read later, or that leaves a shard of a stage out."""
+    for owner, value, kinds in (
+        ("it", content, ABOUT),
+        *(("a stage", stage, ABOUT_STAGE) for stage in content.get("stages") or [None]),
+        *(("a file", record, {"sha256": str, "bytes": int}) for record in (content.get("files") or {"": None}).values()),
+    ):
+        for key, kind in kinds.items():
+            if not isinstance(value, dict) or not isinstance(value.get(key), kind):
+                found = value.get(key) if isinstance(value, dict) else value
+                raise CheckpointError(f"{where}: {owner} has {key} {found!r}, expected as `hybridize teach` writes it; {AGAIN}")
+    for stage in content["stages"]:
+        for shard in range(-(-stage["rows"] // max(1, stage["shard_rows"]))):
+            if shard_name(stage["stage"], shard) not in content["files"]:
+                raise CheckpointError(f"{where}: has no file {shard_name(stage['stage'], shard)}, which its rows need; {AGAIN}")
 
 
 def check_files(cache: TeacherCache, rank: int, world: int, progress: Callable[[str, float, float], None] | None) -> None:

@@ -23,9 +23,11 @@ from hybridize.distill.teacher_cache import CachedSignals, open_cache
 from hybridize.errors import CheckpointError, ConfigError
 from hybridize.lineage import read_lineage
 from hybridize.storage import file_sha256, partial_folder
+from tests.distill.chats import tiny_tokenizer
 from tests.distill.pair import tiny_tokens
 from tests.distill.test_distill import Stop, hashes, rows_of
 from tests.distill.test_sharding import ROOT, launch
+from tests.tiny import tiny_base
 from tests.tolerances import assert_close
 
 KL = {"name": "kl", "tokens": 5 * 64, "seq_tokens": 16, "rows": 2, "accumulate": 2, "lr": 1e-3, "save_tokens": 64}
@@ -164,6 +166,11 @@ def edit(path, **changes):
     path.write_text(json.dumps({**manifest, "sha256": digest(manifest)}))
 
 
+def outside(cache):
+    files = json.loads((cache / "teacher.json").read_text())["files"]
+    return {"files": {"../x": {"bytes": 1, "sha256": ""}} | files}
+
+
 @pytest.mark.parametrize(
     ("damage", "said"),
     [
@@ -174,14 +181,28 @@ def edit(path, **changes):
         (lambda c: (c / "teacher.json").unlink(), "has no teacher.json, so that the cache is not complete"),
         (lambda c: (c / "teacher.json").write_text("{}"), "teacher.json: is damaged"),
         (lambda c: edit(c / "teacher.json", format=2), "format is 2, expected 1"),
+        (lambda c: edit(c / "teacher.json", stages=[{"stage": 2}]), "a stage has name None, expected as"),
+        (lambda c: edit(c / "teacher.json", files={}), "a file has sha256 None, expected as"),
         (lambda c: edit(c / "teacher.json", row_order=0), "row_order is 0 in the cache, expected 1"),
         (lambda c: edit(c / "teacher.json", hidden_size=16), "its tensors are not those that teacher.json speaks of"),
-        (
-            lambda c: edit(c / "teacher.json", files={"../x": {"bytes": 1, "sha256": ""}}),
-            "expected a plain name inside the folder",
-        ),
+        (lambda c: edit(c / "teacher.json", files={"x": {"bytes": 1, "sha256": ""}}), "has no file stage-02-00000.safetensors"),
+        (lambda c: edit(c / "teacher.json", **outside(c)), "expected a plain name inside the folder"),
     ],
-    ids=["shard", "head", "short", "absent", "manifest", "empty", "format", "order", "shape", "outside"],
+    ids=[
+        "shard",
+        "head",
+        "short",
+        "absent",
+        "manifest",
+        "empty",
+        "format",
+        "stage",
+        "none",
+        "order",
+        "shape",
+        "files",
+        "outside",
+    ],
 )
 def test_a_damaged_cache_is_one_line(folders, cache, tmp_path, damage, said):
     shutil.copytree(cache, tmp_path / "cache")
@@ -298,6 +319,7 @@ KILLED = """
 import os, sys, torch
 torch.set_num_threads(1)
 from hybridize.distill import teach, teaching
+from tests.distill.chats import tiny_tokenizer
 from tests.distill.pair import tiny_tokens
 from tests.distill.test_teacher_cache import KL
 teaching.SHARD_BYTES = 6 * 16 * 32 * 4 + 100
@@ -340,3 +362,19 @@ def test_two_processes_read_their_own_rows(folders, tmp_path, shard):
         done = launch(2, folders[1], tmp_path / out, 0, [KL], shard, teacher)
         assert done.returncode == 0, done.stderr[-2000:]
     assert file_sha256(tmp_path / "out/model.safetensors") == file_sha256(tmp_path / "live/model.safetensors")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("stage", "keep"), [(KL, "hidden"), (TOP, "top_k")], ids=["hidden", "top_k"])
+def test_a_cache_of_a_larger_teacher_with_a_padded_head(folders, tmp_path, stage, keep):
+    sizes = {"hidden_size": 48, "num_attention_heads": 6, "num_hidden_layers": 4, "vocab_size": 80}
+    large = tiny_base("llama", tmp_path, **sizes)
+    student = shutil.copytree(folders[1], tmp_path / "student")
+    for folder in (large, student):
+        tiny_tokenizer().save_pretrained(folder)
+    live = distill(student, [stage], tiny_tokens(), tmp_path / "live", teacher=large)
+    cache = teach(student, [stage], tiny_tokens(), tmp_path / "cache", teacher=large, keep=keep)
+    out = distill(student, [stage], tiny_tokens(), tmp_path / "out", teacher=cache)
+    assert file_sha256(out / "model.safetensors") == file_sha256(live / "model.safetensors")
+    base = distill(student, [stage], tiny_tokens(), tmp_path / "base")
+    assert file_sha256(base / "model.safetensors") != file_sha256(live / "model.safetensors")
