@@ -8,8 +8,8 @@ converted (`..._over_base_ce`: of the base); `fused_<loss>_time` and `..._peak` 
 forward and backward; `over_trainer` is our loop over Trainer.
 
 `align_disk_peak_ratio` is the peak of anonymous memory of a whole distill with `engine: disk`, of a student of 16 layers over
-one of 4 (`..._above_start`: less what the process had before it), `align_memory_activations_ratio` the same of `engine:
-memory` less weights, gradients and moments, while it trains. `align_disk_over_memory_cpu` is processor time of the two
+one of 4 (`..._above_start`: less what the process had before it), `align_memory_activations_ratio` the same of what
+`engine: memory` has above its lowest point while it trains. `align_disk_over_memory_cpu` is processor time of the two
 engines, 4 layers, shortest of two. Each run is a process of its own. `--only engines` measures nothing else.
 """
 
@@ -39,11 +39,10 @@ from hybridize.checkpoint import save_checkpoint  # noqa: E402
 from hybridize.data import Batch, Tokens, TrainBlocks  # noqa: E402
 from hybridize.distill import distill  # noqa: E402
 from hybridize.distill.align import Align  # noqa: E402
-from hybridize.distill.cost import Machine, run_cost  # noqa: E402
 from hybridize.distill.kl import KLStage  # noqa: E402
 from hybridize.distill.loop import Run, train  # noqa: E402
 from hybridize.distill.losses import LOSSES  # noqa: E402
-from hybridize.distill.run import build_stages, share_frozen  # noqa: E402
+from hybridize.distill.run import share_frozen  # noqa: E402
 from hybridize.distill.saves import Position, State  # noqa: E402
 from hybridize.distill.signals import Head, Signals  # noqa: E402
 from hybridize.modeling import build_model, hybrid_config  # noqa: E402
@@ -229,7 +228,7 @@ def over_trainer(hidden: int, steps: int, repeats: int) -> dict[str, float]:
     return {"over_trainer": min(times["ours"]) / min(times["theirs"])}
 
 
-ENGINE_STEPS = 8
+ENGINE_STEPS = 4
 
 
 def engine_stage(engine: str) -> dict:
@@ -240,7 +239,7 @@ def engine_child(engine: str, folder: Path) -> None:
     """Run one engine on the pair in `folder` and print what it took; a process of its own."""
     torch.set_num_threads(1)
     ids = np.random.default_rng(0).integers(VOCAB, size=ENGINE_STEPS * ROWS * SEQ + 1).astype(np.int32)
-    found = {"peak": 0, "training": 0, "steps": 0}
+    found = {"peak": 0, "training": 0, "floor": 1 << 62, "steps": 0}
     over = threading.Event()
 
     def anonymous() -> int:
@@ -252,7 +251,7 @@ def engine_child(engine: str, folder: Path) -> None:
             now = anonymous()
             found["peak"] = max(found["peak"], now)
             if 0 < found["steps"] < ENGINE_STEPS:
-                found["training"] = max(found["training"], now)
+                found["training"], found["floor"] = max(found["training"], now), min(found["floor"], now)
             time.sleep(0.002)
 
     def progress(label: str, done: float, total: float) -> None:
@@ -273,7 +272,6 @@ def engine_child(engine: str, folder: Path) -> None:
 def engines(hidden: int, mixer: str) -> dict[str, float]:
     """Alignment in memory and from disk; see the module docstring."""
     runs: dict[tuple[str, int], list[dict]] = {}
-    weights = {}
     with tempfile.TemporaryDirectory() as name:
         for layers in (4, 16):
             folder = Path(name) / str(layers)
@@ -284,17 +282,14 @@ def engines(hidden: int, mixer: str) -> dict[str, float]:
             with Staging(folder / "student", False, "bench") as staging:
                 save_checkpoint(student, folder / "base", staging, {"base": {"location": str(folder / "base")}})
                 staging.finish()
-            weights[layers] = run_cost(
-                folder / "student", folder / "base", build_stages([engine_stage("memory")]), Machine()
-            )[0].certain_bytes  # fmt: skip
             for turn in ("disk", "memory") * (2 if layers == 4 else 1):
                 command = [sys.executable, __file__, "--child", turn, str(folder)]
                 done = subprocess.run(command, check=True, stdout=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"})
                 runs.setdefault((turn, layers), []).append(json.loads(done.stdout))
-    log.info("engines: %s; weights, gradients and moments in memory: %s", runs, weights)
+    log.info("engines: %s", runs)
     disk, whole = ([runs[engine, layers][0] for layers in (4, 16)] for engine in ("disk", "memory"))
     above = [run["peak"] - run["start"] for run in disk]
-    activations = [run["training"] - run["start"] - weights[layers] for run, layers in zip(whole, (4, 16), strict=True)]
+    activations = [run["training"] - run["floor"] for run in whole]
     cpu = {engine: min(run["cpu"] for run in runs[engine, 4]) for engine in ("disk", "memory")}
     return {
         "align_disk_peak_ratio": disk[1]["peak"] / disk[0]["peak"], "align_disk_peak_above_start_ratio": above[1] / above[0],

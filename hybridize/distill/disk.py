@@ -10,6 +10,7 @@ done; layer-<layer>.safetensors, trained; and states of the layer at work. A str
 """
 
 import copy
+import gc
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, closing
@@ -254,6 +255,7 @@ class DiskStage:
             self.memories.clear()
             if self.above is not None:
                 self._publish(self.above, layer + 1)
+        self._let_go()
         if layer < last:
             self._stream(layer).unlink()
         for read in (read for read, until in self.until.items() if until <= layer):
@@ -283,6 +285,12 @@ class DiskStage:
         found = self.opened[model is self.teacher]
         fill(model, found, None, self.device, lambda name: name.startswith(_prefix(layer)), set(), dict(twins or {}))
         model.train(model is self.student)
+
+    def _let_go(self) -> None:
+        """Free a layer before the next one comes: modules and optimizers lie in cycles, which would wait for their time."""
+        for model in (self.student, self.teacher):
+            model.model.layers = nn.ModuleList()
+        gc.collect()
 
     def _step(self, layer: int, row: int) -> DiskStep:
         """Load both models' layer and make its step."""
