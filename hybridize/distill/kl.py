@@ -116,9 +116,10 @@ class KLStep:
         asking = [loss for loss in self.losses.values() if "layers" in loss.needs]
         # Final hidden states themselves, not what the head makes of them.
         compared = [name for name, loss in self.losses.items() if "layers" in loss.needs or loss.needs == {"hidden"}]
-        for size in ("num_hidden_layers", "hidden_size") if asking else ("hidden_size",):
-            own, other = (getattr(model.config, size) for model in (self.student, self.teacher))
-            if compared and own != other:
+        sizes = ("num_hidden_layers", "hidden_size") if asking else ("hidden_size",)
+        for size in sizes if compared else ():
+            own, other = getattr(self.student.config, size), self._size_of_teacher(size)
+            if own != other:
                 raise ConfigError(
                     f"stage {self.stage!r}: {size} is {own} in the student and {other} in the teacher; {compared[0]} needs them "
                     "equal"
@@ -127,6 +128,11 @@ class KLStep:
             return []
         depth, converted = self.student.config.num_hidden_layers, converted_layers(self.student)
         return sorted({index for loss in asking for index in loss.chosen(depth, converted)})
+
+    def _size_of_teacher(self, size: str) -> int:
+        if isinstance(self.teacher, CachedSignals):
+            return self.teacher.cache.manifest[size]
+        return getattr(self.teacher.config, size)
 
     def _signals(self, model: Any, batch: Batch) -> Signals:
         with layer_outputs(model, self.layers) as layers:

@@ -37,14 +37,14 @@ def bases(tmp_path_factory):
     return {family: tiny_base(family, root) for family in FAMILIES}
 
 
-def build(bases, family, name, keep=(1,), rope=None, **options):
+def build(bases, family, name, keep=(1,), angles=None, **options):
     """A hybrid with random weights: `name` everywhere but on the layers of `keep`, and on layer 0 where it needs one below."""
     config = AutoConfig.from_pretrained(bases[family])
     spec = {"name": name, **SMALL.get(name, {}), **options}
     specs = [{"name": "attention"} if i in keep else spec for i in range(config.num_hidden_layers)]
     specs[0] = BELOW.get(name, specs[0])
-    if rope is not None:
-        config.rope_parameters = rope
+    if angles is not None:
+        config.rope_parameters = angles
     torch.manual_seed(1)
     model = modeling.build_model(modeling.hybrid_config(config, specs)).eval()
     with torch.no_grad():
@@ -226,7 +226,7 @@ def test_a_stretched_rotary_embedding_beyond_the_original_context(bases, ids, na
     yarn = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 8}
     models = []
     for rope in (yarn, None):
-        model = build(bases, "llama", name, keep=(), rope=rope)
+        model = build(bases, "llama", name, keep=(), angles=rope)
         models.append(model)
     stretched, plain = models
     out, cache = in_chunks(stretched, ids, (7, 1, 1, 11))
