@@ -32,7 +32,7 @@ test: setup
 	$(BIN)/python -m pytest -q -n auto --maxprocesses 8 --dist loadscope $(T)
 
 slow: setup
-	$(BIN)/python -m pytest -q -m slow $(T)
+	$(BIN)/python -m pytest -q -n auto --maxprocesses 2 --dist loadscope -m slow $(T)
 
 gpu: setup
 	$(BIN)/python -m pytest -q -m gpu $(T)

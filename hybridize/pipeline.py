@@ -35,8 +35,7 @@ from hybridize.data import (
 from hybridize.distill import STAGES, build_stages, check_for_run, check_sources, distill
 from hybridize.distill.cost import Machine, StageCost, refuse, run_cost
 from hybridize.distill.job import in_stage
-from hybridize.distill.teacher_cache import open_cache
-from hybridize.distill.teachers import is_cache
+from hybridize.distill.teachers import cache_in
 from hybridize.errors import ConfigError, DataError
 from hybridize.eval import GATES, PROBES, comparison_table, evaluate, gate, report
 from hybridize.eval.context import EvalContext
@@ -205,7 +204,7 @@ def _costs(
     if not stages:
         return []
     student = dataclasses.replace(found, config=hybrid_config(found.config, [layer.mixer for layer in plan.layers]))
-    cache = open_cache(Path(teacher)) if teacher is not None and is_cache(Path(teacher)) else None
+    cache = None if teacher is None else cache_in(Path(teacher))
     model = found if teacher is None or cache is not None else Path(teacher)
     return run_cost(student, model, build_stages(stages), machine, cache)
 

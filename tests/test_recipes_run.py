@@ -12,6 +12,7 @@ import pytest
 
 from hybridize.checkpoint import describe_base
 from hybridize.core import read_json
+from hybridize.distill import build_stages
 from hybridize.distill.cost import Machine
 from hybridize.pipeline import preview
 from hybridize.recipe import builtin_recipes, load_recipe
@@ -96,12 +97,17 @@ def texts(tmp_path_factory):
     return folder / "text.txt", folder / "pairs.jsonl"
 
 
+def rows_of(stage, tokens):
+    return {"contexts": f"[{tokens}]"} if "contexts" in stage else {"seq_tokens": tokens}
+
+
 def words_of(recipe, texts, out):
     """The command line of a toy run: budgets and evaluation cut, gates that a toy can pass."""
     text, pairs = texts
-    budget = {"tokens": STEPS * ROWS * TOKENS, "seq_tokens": TOKENS, "rows": ROWS, "save_tokens": ROWS * TOKENS}
-    stages = len(load_recipe(recipe).distill)
-    changes = {f"distill.{i}.{key}": value for i in range(stages) for key, value in budget.items()}
+    budget = {"tokens": STEPS * ROWS * TOKENS, "rows": ROWS, "accumulate": 1, "save_tokens": ROWS * TOKENS}
+    changes = {}
+    for i, stage in enumerate(load_recipe(recipe).distill):
+        changes |= {f"distill.{i}.{key}": value for key, value in {**budget, **rows_of(stage, TOKENS)}.items()}
     changes |= FITTED.get(recipe, {})
     changes |= {
         "evaluate": "[{name: perplexity, context: 64, tokens: 512}, {name: state_bytes, contexts: [64]}]",
@@ -157,10 +163,10 @@ def test_a_run_that_is_killed_amid_training_ends_as_one_that_is_not(recipe, serv
 @pytest.mark.parametrize("recipe", builtin_recipes())
 def test_every_recipe_says_what_it_costs(recipe, tmp_path):
     base = tiny_base("llama", tmp_path, num_hidden_layers=4)
-    short = [f"distill.{i}.{key}={value}" for i in range(len(load_recipe(recipe).distill))
-             for key, value in {"tokens": 2048, "seq_tokens": 32, "rows": 2, "accumulate": 1}.items()]  # fmt: skip
+    short = [f"distill.{i}.{key}={value}" for i, stage in enumerate(load_recipe(recipe).distill)
+             for key, value in {"tokens": 2048, "rows": 2, "accumulate": 1, **rows_of(stage, 32)}.items()]  # fmt: skip
     chosen = load_recipe(recipe, short, describe_base(base).config)
     plan, costs = preview(chosen, base, Machine(bytes_each=1e9))
     assert len(plan.layers) == 4
-    assert [cost.name for cost in costs] == [stage["name"] for stage in chosen.distill if not stage.get("optional")]
+    assert [cost.name for cost in costs] == [name for name, _ in (build_stages(chosen.distill) if chosen.distill else [])]
     assert all(cost.flops > 0 and not cost.advice for cost in costs)

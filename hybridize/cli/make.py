@@ -29,7 +29,10 @@ from hybridize.errors import ConfigError
 
 @cli.command()
 def info(checkpoint: Annotated[str, typer.Argument(metavar="DIR", help="Directory, hub id or alias.")]) -> None:
-    """Say what a checkpoint is: family, mixers, parameters, cache bytes, native class."""
+    """Say what a checkpoint is and what its cache costs.
+
+    Family, layers, mixers, parameters, context, cache bytes at several lengths, and the native class that would fit.
+    """
     from hybridize.checkpoint import describe
     from hybridize.conversions.native import native_verdict
     from hybridize.eval.probes.state_bytes import promised_bytes
@@ -164,7 +167,9 @@ def distill(
     resume: ResumeOpt = False,
     set_: SetOpt = [],  # noqa: B006
 ) -> None:
-    """Train a hybrid against its teacher, stage after stage; what it will cost is printed first.
+    """Train a hybrid against its teacher, stage after stage.
+
+    What it will cost is printed first.
 
     Several processes: torchrun --nproc_per_node N -m hybridize.distill DIR ... or accelerate launch -m hybridize.distill.
     """
@@ -227,7 +232,9 @@ def teach(
     resume: ResumeOpt = False,
     set_: SetOpt = [],  # noqa: B006
 ) -> None:
-    """Write what a teacher says of the text, once, for `distill --teacher CACHE` to read in place of the teacher.
+    """Write down what a teacher says of a text.
+
+    `distill --teacher CACHE` reads it in place of the teacher, which then is neither loaded nor run.
 
     A cache fits every run of the same text, seed, rows and tokenizer, whatever its hybrid. Stages that compare layers
     (align) still read the base itself. Several processes: torchrun --nproc_per_node N -m hybridize teach DIR ...
@@ -285,7 +292,9 @@ def run(
     resume: ResumeOpt = False,
     set_: SetOpt = [],  # noqa: B006
 ) -> None:
-    """Plan, convert, distill, evaluate, gate and report; plan and cost are printed first. Steps whose output matches are skipped.
+    """Plan, convert, distill, evaluate, gate and report.
+
+    Plan and cost are printed first. Steps whose output matches are skipped.
 
     --dry-run needs no text, and of a hub id it fetches config.json alone.
     """
@@ -346,7 +355,10 @@ def demo(
     long: Annotated[bool, typer.Option("--long", help="Train ten times longer: half an hour to an hour.")] = False,
     resume: ResumeOpt = False,
 ) -> None:
-    """The whole line on the bundled model and the standard library's text: nothing is downloaded."""
+    """Run the whole line on the bundled model.
+
+    Text is the standard library's; nothing is downloaded.
+    """
     from hybridize.demo.stdlib_text import write_demo_text
 
     train, held_out = write_demo_text(out.with_name(out.name + ".text"))

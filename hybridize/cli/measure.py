@@ -19,7 +19,10 @@ def score(
     recipe: Annotated[Optional[str], typer.Option(help="Its mixers are the candidates. Default: all, as they come.")] = None,  # noqa: UP045
     set_: SetOpt = [],  # noqa: B006
 ) -> None:
-    """Measure a base layer by layer, for plans whose ranks follow weights or text. One layer is in memory at a time."""
+    """Measure a base layer by layer, for plans.
+
+    Ranks of a plan can follow what weights or a text say of each layer. One layer is in memory at a time.
+    """
     from hybridize.checkpoint import open_base
     from hybridize.conversions import SCORES
     from hybridize.conversions import score as run_score
@@ -69,7 +72,10 @@ def eval_(
     limit: Annotated[Optional[int], typer.Option(help="At most so many items in each probe.")] = None,  # noqa: UP045
     set_: SetOpt = [],  # noqa: B006
 ) -> None:
-    """Measure a checkpoint: a recipe's probes, lm-eval tasks, or perplexity on --data."""
+    """Measure a checkpoint with probes and lm-eval tasks.
+
+    A recipe's probes, --tasks of lm-eval, or perplexity on --data alone.
+    """
     from hybridize.checkpoint import open_checkpoint
     from hybridize.eval import comparison_table, evaluate
     from hybridize.hub import resolve_base
@@ -127,7 +133,10 @@ def bench(
     repeats: int = 5,
     out: Annotated[Optional[Path], typer.Option("--out", help="Write the figures as JSON.")] = None,  # noqa: UP045
 ) -> None:
-    """Measure prefill and decode speed, peak memory and cache bytes; base and hybrid take turns."""
+    """Measure speed, peak memory and cache bytes.
+
+    Prefill and decode; base and hybrid take turns in one run.
+    """
     from hybridize.eval import bench as run_bench
     from hybridize.eval.table import human_bytes
     from hybridize.hub import resolve_base

@@ -85,15 +85,20 @@ def check_for_run(base: Path, teacher: Path, built: list[tuple[str, Any]], seed:
     Raises:
         ConfigError: as `prepare`; or there is no such directory.
     """
-    if not teacher.is_dir():
-        raise ConfigError(f"{teacher}: no such directory, expected a model's, or a cache that `hybridize teach` wrote")
-    if is_cache(teacher):
-        cache = open_cache(teacher)
+    cache = cache_in(teacher)
+    if cache is not None:
         check_run(cache, built, run_follows_from(seed, describe(base).config.vocab_size, tokenizer_hash(base)))
         check_text(cache, text)
     elif teacher.resolve() != base.resolve():
         check_same_tokenizer(base, teacher)
         check_vocabulary(base, teacher)
+
+
+def cache_in(teacher: Path) -> TeacherCache | None:
+    """What a teacher's directory holds, if that is a cache and no model. Raises ConfigError for no directory."""
+    if not teacher.is_dir():
+        raise ConfigError(f"{teacher}: no such directory, expected a model's, or a cache that `hybridize teach` wrote")
+    return open_cache(teacher) if is_cache(teacher) else None
 
 
 def is_cache(path: Path) -> bool:

@@ -180,7 +180,7 @@ def test_layers_neither_shorten_nor_skip_each_others_steps(readers, tmp_path, mo
     assert changed
     assert all(".layers.1." in name for name in changed)
     # With one norm for all of them, as other stages have it, the first assertion would fail.
-    monkeypatch.setattr(Align, "parts", StageOptions.parts)
+    monkeypatch.setattr(Align, "learners", StageOptions.learners)
     shorter = weights(run(readers, tmp_path / "shorter", [ALIGN], "memory"))
     assert not all(torch.equal(weights(alone)[name], shorter[name]) for name in names)
 
