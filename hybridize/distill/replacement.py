@@ -7,6 +7,7 @@ and lineage know nothing of it. The student's directory holds all its mixers fro
 import copy
 import logging
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, Literal
 
 from hybridize.distill.options import converted_layers, reading_groups
@@ -39,7 +40,7 @@ class Replacement:
     """Which step a stage is, from 1; None is all of them, one after the other, each with the same part of the tokens."""
 
     def __post_init__(self) -> None:
-        rising = all(low < high for low, high in zip([0.0, *self.shares], self.shares, strict=False))
+        rising = all(low < high for low, high in pairwise([0.0, *self.shares]))
         if not self.shares or not rising or self.shares[-1] != 1:
             raise ConfigError(f"shares is {self.shares}, expected rising shares above 0 of which the last is 1")
         if self.step is not None and not 1 <= self.step <= len(self.shares):
