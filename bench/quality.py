@@ -2,10 +2,11 @@ r"""Perplexity, KL to the base and recall after training: each way to distil, on
 
 Layers are spread evenly over the depth; all but one keeps the last. Every way trains the same hybrid (calibrated seed), but for
 `zebra`, whose seed is the published one too, and `base, ce`: the base itself on the same text, since a small base that never saw
-this text gains from it. The recipe `hybrid` trains as `align+kl+hidden`. `elsewhere` is perplexity on another kind of text. Cells that the file of --json holds are not run again.
+this text gains from it. The recipe `hybrid` trains as `align+kl+hidden`. `elsewhere` is perplexity on another kind of text.
+Cells that the file of --json holds are not run again.
 
     python bench/quality.py demo --json quality.json
-    python bench/quality.py DIR --data train.txt --held-out dev.txt --budgets 1e6,4e6 --ways 'kl;align+kl+hidden' --json quality.json
+    python bench/quality.py DIR --data train.txt --held-out dev.txt --budgets 4e6 --ways 'kl;align+kl+hidden' --json quality.json
 """
 
 import argparse
