@@ -6,7 +6,7 @@ just one may not be. FLOP are of matrix products; see counting.py.
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +83,7 @@ class StageCost:
     """Bytes of one process: weights, gradients, moments, frozen, gathered, activations."""
     disk_bytes: float = 0.0
     """Of files in the output's scratch folder at their most, training states aside; 0 where the stage has none else."""
-    advice: str = field(default="")
+    advice: str = ""
     """Why it will not fit and what would; empty when it fits or nothing is known."""
     stage: int = 1
     """Its number in the run, from 1."""

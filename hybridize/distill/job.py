@@ -269,9 +269,8 @@ def check_cache(job: Job, seed: int, accelerator: Any, progress: Progress | None
     check_text(job.cache, job.tokens)
     main = accelerator.is_main_process
     check_files(job.cache, accelerator.process_index, accelerator.num_processes, progress if main else None)
-    config = open_checkpoint(job.student).config
     for number, _, options in cached_stages(job.stages):
-        blocks = blocks_of(job, number - 1, seed_of(seed, number - 1), config)
+        blocks = blocks_of(job, number - 1, seed_of(seed, number - 1), job.configs[number - 1][0])
         cached = CachedSignals(job.cache, number, torch.device("cpu"))
         for row in (0, options.steps * options.step_rows - 1):
             cached.rows(blocks.take(row, row + 1))

@@ -3,7 +3,7 @@
 import dataclasses
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +33,9 @@ class KLStage(StageOptions):
     """Converted layers that come in step by step, {shares, order}; until then they run the teacher's attention. See
     Replacement. None is all at once."""
 
+    NAME: ClassVar[str] = "kl"
+    """The stage's, for messages."""
+
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.replace is None:
@@ -60,7 +63,7 @@ class KLStage(StageOptions):
     def prepare(self, student: Any, teacher: Any) -> None:
         """Lend the teacher's attention to the layers that are not yet replaced."""
         if self.replacement is not None:
-            lend_attention(student, teacher, self.replacement.waiting(student), "kl")
+            lend_attention(student, teacher, self.replacement.waiting(student), self.NAME)
 
     @property
     def cacheable(self) -> bool:
@@ -79,7 +82,7 @@ class KLStage(StageOptions):
 
     def start(self, student: Any, teacher: Any, first: Batch) -> "KLStep":
         """The step of this stage; `teacher` is a model, CachedSignals, or None where no loss asks it. `first` is not used."""
-        return KLStep(self, student, teacher, "kl")
+        return KLStep(self, student, teacher, self.NAME)
 
 
 def read_hidden(model: Any, batch: Batch, options: StageOptions) -> Tensor:
@@ -106,7 +109,7 @@ class KLStep:
     ):  # fmt: skip
         self.options, self.student, self.teacher, self.stage = options, student, teacher, stage
         self.losses = options.build_losses({"hidden", "head", "ids", "layers"} | further, stage)
-        self.layers = self._chosen_layers()
+        self.layers, self.needs_teacher = self._chosen_layers(), options.needs_teacher
         self.taught = teacher.signals if isinstance(teacher, CachedSignals) else partial(self._signals, teacher)
         if options.gradient_checkpointing:
             checkpoint_gradients(student)
@@ -153,7 +156,7 @@ class KLStep:
             Losses: each by name, and their weighted sum under `loss`.
         """
         with torch.no_grad():
-            teacher = self.taught(batch) if self.options.needs_teacher else Signals()
+            teacher = self.taught(batch) if self.needs_teacher else Signals()
         student = self._signals(self.student, batch)
         parts = {name: loss(student, teacher, None) for name, loss in self.losses.items()}
         total = torch.stack([loss.weight * parts[name] for name, loss in self.losses.items()]).sum()

@@ -5,13 +5,13 @@ import dataclasses
 import logging
 import math
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from hybridize.data import Batch, Mixture, Tokens
-from hybridize.distill.kl import KLStage, KLStep
+from hybridize.data import Mixture, Tokens
+from hybridize.distill.kl import KLStage
 from hybridize.distill.options import StageOptions
 from hybridize.errors import ConfigError
 
@@ -62,6 +62,8 @@ class Long(KLStage):
     rows: int = 1
     """Most of the longest rows that a process takes through the model at once."""
     accumulate: int = 8
+
+    NAME: ClassVar[str] = "long"
 
     def __post_init__(self) -> None:
         self._check_contexts()
@@ -137,10 +139,6 @@ class Long(KLStage):
                 "stage long: the longest document has %d tokens and is apart from others, rows have %d: nothing is learnt of "
                 "what lies further apart. Give longer documents, or set documents to joined", longest, self.seq_tokens,
             )  # fmt: skip
-
-    def start(self, student: Any, teacher: Any, first: Batch) -> KLStep:
-        """The step of this stage, as of stage kl."""
-        return KLStep(self, student, teacher, "long")
 
 
 def longest_document(text: Tokens) -> int:

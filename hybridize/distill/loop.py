@@ -212,14 +212,14 @@ def train(
     restore_moments(trained, optimizer, start.moments)
     learners = options.learners(trained if shares is None else shares.parameters)
     guards = {loss: start.guards.get(loss, Guard()) for loss in learners}
-    before = passes[0] * options.steps
+    parts, before = options.parts, passes[0] * options.steps
     last_save = f"step {start.position.step}" if start.position.step else "the start of the stage"
     with StopSignals() as signals:
         for step in range(start.position.step - before, options.steps):
             began = time.perf_counter()
             torch.manual_seed(seed_of(run.seed, stage, step, run.accelerator.process_index))
             number, first = options.place(step)
-            part = options.parts[number]
+            part = parts[number]
             if first == 0:
                 # Rows of another length have other losses.
                 guards = {loss: Guard() for loss in learners}

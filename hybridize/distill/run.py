@@ -116,7 +116,7 @@ def distill(
         tokens = text
     elif plain and text is not None:
         cache = token_cache or out.with_name(f"{out.name}.tokens")
-        tokens = _read(student_dir, text, cache, progress if accelerator.is_main_process else None)
+        tokens = read_tokens(load_tokenizer(student_dir), text, cache, progress if accelerator.is_main_process else None)
     examples = read_examples(student_dir, built, sources)
     specs = [STAGES.spec(name, options) for name, options in built]
     record = {
@@ -176,10 +176,6 @@ def _accelerator(tracker: Any, out: Path) -> Accelerator:
         raise ConfigError(f"tracker: {tracker!r} is not installed; pip install it or leave it out")
     accelerator.init_trackers("hybridize")
     return accelerator
-
-
-def _read(student_dir: Path, text: Sources, cache: Path, progress: Progress | None) -> Tokens | Mixture:
-    return read_tokens(load_tokenizer(student_dir), text, cache, progress)
 
 
 def _fingerprint(folder: Path) -> str:

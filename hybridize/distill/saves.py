@@ -10,7 +10,7 @@ import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,7 @@ from hybridize.shards import OnDemand, Planned, TensorInfo, plan_shards, read_he
 log = logging.getLogger(__name__)
 
 KEPT = 2
+T = TypeVar("T")
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 
 
@@ -123,6 +124,19 @@ def write_tensors(path: Path, weights: Mapping[str, Tensor], others: dict[str, T
     write_shard(path.parent, dataclasses.replace(shard, name=path.name), pieces)
 
 
+def by_kind(tensors: Mapping[str, T]) -> tuple[dict[str, T], dict[str, dict[str, T]]]:
+    """What a state holds under "weight/<name>", by name, and under "<moment>/<name>", by name and moment."""
+    weights: dict[str, T] = {}
+    moments: dict[str, dict[str, T]] = {}
+    for full_name, value in tensors.items():
+        kind, name = full_name.split("/", 1)
+        if kind == "weight":
+            weights[name] = value
+        else:
+            moments.setdefault(name, {})[kind] = value
+    return weights, moments
+
+
 def read_latest_state(folder: Path) -> State | None:
     """The latest state in a folder, or None; its weights are read when they are asked for.
 
@@ -134,14 +148,8 @@ def read_latest_state(folder: Path) -> State | None:
         return None
     headers, _ = read_header(files[-1])
     about = json.loads(bytes(read_tensor(headers.pop("about")).tolist()))
-    weights: dict[str, TensorInfo] = {}
-    moments: dict[str, dict[str, Tensor]] = {}
-    for full_name, info in headers.items():
-        kind, name = full_name.split("/", 1)
-        if kind == "weight":
-            weights[name] = info
-        else:
-            moments.setdefault(name, {})[kind] = read_tensor(info)
+    weights, places = by_kind(headers)
+    moments = {name: {kind: read_tensor(info) for kind, info in own.items()} for name, own in places.items()}
     log.info("distill: going on from %s", files[-1])
     guards = from_json(about, files[-1])
     return State(position=Position(**about["position"]), weights=OnDemand(weights), moments=moments, guards=guards)

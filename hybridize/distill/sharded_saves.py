@@ -21,7 +21,7 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from hybridize.distill.guards import Guard, check_saved
-from hybridize.distill.saves import KEPT, Position, State, as_json, from_json
+from hybridize.distill.saves import KEPT, Position, State, as_json, by_kind, from_json
 from hybridize.distill.sharding import local
 from hybridize.errors import CheckpointError
 from hybridize.storage import publish_folder
@@ -120,12 +120,5 @@ def read_whole(folder: Path) -> State:
     position, guards = read_about(folder)
     tensors = {key: torch.zeros(shape) for key, shape in _shapes(folder).items() if key != "about"}
     _load_alone(tensors, folder)
-    weights: dict[str, Tensor] = {}
-    moments: dict[str, dict[str, Tensor]] = {}
-    for key, value in tensors.items():
-        kind, name = key.split("/", 1)
-        if kind == "weight":
-            weights[name] = value
-        else:
-            moments.setdefault(name, {})[kind] = value
+    weights, moments = by_kind(tensors)
     return State(position=position, weights=weights, moments=moments, guards=guards)

@@ -1,11 +1,9 @@
-"""Layer scores against their definitions in fp64, the document's form, and ranks that follow them."""
+"""Layer scores against their definitions in fp64, and the document's form."""
 
 import copy
 import dataclasses
 import inspect
-import itertools
 import json
-import re
 import weakref
 
 import numpy as np
@@ -13,11 +11,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from hybridize.checkpoint import load_model, open_base
-from hybridize.conversions import SCORES, convert, plan, score
+from hybridize.conversions import SCORES, plan, score
 from hybridize.conversions.job import Job
 from hybridize.conversions.plan import build_mixer, candidates_of
-from hybridize.conversions.ranks import request_of, share_out, step_for
+from hybridize.conversions.ranks import request_of
 from hybridize.conversions.scores import fisher
 from hybridize.conversions.scores.energy import SHARES, least_rank, ranks_reaching
 from hybridize.conversions.table import CONVERSIONS
@@ -26,27 +23,7 @@ from hybridize.data import Tokens
 from hybridize.errors import CheckpointError, ConfigError
 from hybridize.families import FAMILIES
 from hybridize.mixers import MIXERS
-from tests.tiny import tiny_base
 from tests.tolerances import assert_close, rms_ratio
-
-SHAPE = {"num_attention_heads": 8, "num_key_value_heads": 4}
-
-
-@pytest.fixture(scope="module")
-def bases(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("bases")
-    return {family: open_base(tiny_base(family, folder, **SHAPE)) for family in FAMILIES}
-
-
-@pytest.fixture(scope="module")
-def text():
-    ids = torch.randint(3, 64, (11 * 23,), generator=torch.Generator().manual_seed(1)).numpy().astype(np.int32)
-    return Tokens(ids=ids, text_bytes=1, sha256="0" * 64, bos_id=1)
-
-
-@pytest.fixture(scope="module")
-def scores(bases, text):
-    return score(bases["llama"], [{"name": "energy"}, {"name": "fisher", "tokens": 24}], text)
 
 
 def whole_model(base, ids):
@@ -192,144 +169,6 @@ def test_curves_reach_their_shares():
     assert least_rank(list(ranks.values()), 0.801, 1, 4) == 3
     assert least_rank(list(ranks.values()), 0.8, 4, 4) == 4
     assert least_rank(list(ranks.values()), 0.5, 3, 4) == 3
-
-
-def test_share_out_by_hand():
-    """16 of 64 dimensions by 5 : 2 : 1 : 0, one each at least."""
-    assert share_out([5, 2, 1, 0], 16, 0.25, 1) == [9, 4, 2, 1]
-    # A full one leaves its excess to the others, in turn.
-    assert share_out([97, 1, 1, 1], 16, 0.5, 1) == [16, 6, 5, 5]
-    assert share_out([5, 2, 1, 0], 16, 0.25, 2) == [8, 4, 2, 2]
-    assert share_out([1, 1, 1, 1], 16, 0.25, 4) == [4, 4, 4, 4]
-    assert share_out([0, 0, 0], 10, 0.5, 1) == [5, 5, 5]
-    assert share_out([9, 1], 10, 0.99, 4) == [10, 4]
-    assert [step_for(width, 32) for width in (8, 16, 32, 96, 512, 4096)] == [1, 1, 2, 4, 32, 32]
-    with pytest.raises(ConfigError, match="less than 8 each"):
-        share_out([1, 1], 32, 0.2, 8)
-
-
-def test_share_out_keeps_the_total_and_the_order():
-    generator = torch.Generator().manual_seed(3)
-    for share, multiple in itertools.product((0.1, 0.37, 0.5, 0.93), (1, 2, 4)):
-        weights = torch.rand(9, generator=generator).pow(3).tolist()
-        ranks = share_out(weights, 64, share, multiple)
-        assert sum(ranks) == min(int(share * 64 * 9 / multiple + 1e-9) * multiple, 9 * 64)
-        assert all(multiple <= rank <= 64 and rank % multiple == 0 for rank in ranks)
-        by_weight = [rank for _, rank in sorted(zip(weights, ranks, strict=True))]
-        assert all(low <= high + multiple for low, high in itertools.pairwise(by_weight))
-
-
-def settled(base, scores, **options):
-    made = plan(base, {"keep": {"layers": []}, "mixer": {"name": "low_rank_kv", **options}}, "t", 0, scores)
-    config = base.config
-    return made, [MIXERS.build(layer.mixer).ranks(config) for layer in made.layers]
-
-
-def test_ranks_follow_fisher(bases, scores):
-    """Keys and values of every layer by their scores, at half of all dimensions; the plan holds numbers alone."""
-    base = bases["llama"]
-    made, ranks = settled(base, scores, rank={"fisher": 0.5, "multiple": 4}, method="svd")
-    rows = scores.table("fisher").rows
-    weights = [row.values[part] for row in rows for part in ("k_proj", "v_proj")]
-    assert [rank for pair in ranks for rank in pair] == share_out(weights, 32, 0.5, 4)
-    assert len(set(ranks)) > 1
-    assert sum(map(sum, ranks)) == 3 * 32
-    assert all(type(layer.mixer["rank"]) is int for layer in made.layers)
-    assert plan(base, {"layers": {i: {**layer.mixer, "method": "svd"} for i, layer in enumerate(made.layers)}}, "t", 0) == made
-    # A share of the values that is given stays, and layers still differ in all.
-    _, fixed = settled(base, scores, rank={"fisher": 0.5, "multiple": 1}, v_share=0.5)
-    assert all(keys == values for keys, values in fixed)
-    # Layers of another spec share among themselves.
-    section = {
-        "layers": {
-            0: {"name": "low_rank_kv", "rank": {"fisher": 0.25}},
-            "default": {"name": "low_rank_kv", "rank": {"fisher": 0.5}},
-        }
-    }
-    apart = [MIXERS.build(layer.mixer).ranks(base.config) for layer in plan(base, section, "t", 0, scores).layers]
-    assert [sum(apart[0]), sum(map(sum, apart[1:]))] == [16, 64]
-
-
-def test_ranks_follow_energy(bases, scores, tmp_path):
-    base = bases["llama"]
-    _, ranks = settled(base, scores, rank={"energy": 0.6, "multiple": 4})
-    rows = [row for row in scores.table("energy").rows if row.candidate == {"name": "low_rank_kv", "group_heads": 4}]
-    place = SHARES.index(0.6)
-    assert ranks == [tuple(-(-row.values[part][place] // 4) * 4 for part in ("k_proj", "v_proj")) for row in rows]
-    section = {"keep": {"layers": [1]}, "mixer": {"name": "mla", "method": "svd", "kv_rank": {"energy": 0.9}}}
-    made = plan(base, section, "t", 0, scores)
-    rows = [row for row in scores.table("energy").rows if row.candidate == {"name": "mla", "rope_dim": 8}]
-    assert [made.layers[i].mixer["kv_rank"] for i in (0, 2)] == [
-        -(-rows[i].values["kv"][SHARES.index(0.9)] // 2) * 2 for i in (0, 2)
-    ]
-    convert(made, tmp_path / "out")
-    with torch.no_grad():
-        assert torch.isfinite(load_model(tmp_path / "out")(torch.arange(3, 20)[None]).logits).all()
-
-
-@pytest.mark.parametrize("total", range(20, 30))
-def test_odd_sums_are_evened_within_the_total(bases, scores, total):
-    _, ranks = settled(bases["llama"], scores, rank={"fisher": total / 192, "multiple": 1})
-    assert total - 2 <= sum(map(sum, ranks)) <= total
-    assert all(1 <= rank <= 32 for pair in ranks for rank in pair)
-
-
-@pytest.mark.parametrize(
-    ("mixer", "words"),
-    [
-        ({"name": "low_rank_kv", "rank": {"lazy": 0.5}}, "rank cannot follow 'lazy'. Known: energy, fisher"),
-        ({"name": "low_rank_kv", "rank": {"energi": 0.5}}, "Did you mean 'energy'"),
-        ({"name": "low_rank_kv", "rank": {"fisher": 1.5}}, "rank.fisher is 1.5, expected a share between 0 and 1"),
-        ({"name": "low_rank_kv", "rank": {"fisher": "half"}}, "rank.fisher is 'half', expected a share"),
-        (
-            {"name": "low_rank_kv", "rank": {"fisher": 0.5, "energy": 0.5}},
-            "expected one metric with a share, such as {energy: 0.5}",
-        ),
-        ({"name": "low_rank_kv", "rank": {}}, "rank is {}, expected one metric with a share"),
-        ({"name": "low_rank_kv", "rank": {"fisher": 0.5, "multiple": 0}}, "rank.multiple is 0, expected an integer >= 1"),
-        ({"name": "low_rank_kv", "rank": {"fisher": 0.01}}, "share 0.01 of 32 dimensions is less than 2 each"),
-        ({"name": "low_rank_kv", "rank": {"energy": 0.9995}}, "energy is 0.9995, expected at most 0.999"),
-        (
-            {"name": "low_rank_kv", "rank": {"energy": 0.9}, "group_heads": 1},
-            "none for {'name': 'low_rank_kv', 'group_heads': 1}",
-        ),
-        ({"name": "low_rank_kv", "rank": {"energy": 0.9}, "group_heads": "x"}, "group_heads is 'x', expected"),
-        ({"name": "mla", "kv_rank": {"fisher": 0.9}, "method": "svd"}, "kv_rank cannot follow 'fisher'. Known: energy"),
-        ({"name": "mla", "kv_rank": {"energy": 0.9}}, "kv_rank by energy follows the spectrum that method svd truncates"),
-        ({"name": "mla", "kv_rank": {"energy": 0.9}, "method": "svd", "rope_dim": 4}, "Score again: .* --recipe RECIPE"),
-        ({"name": ["mla"], "kv_rank": {"energy": 0.9}}, "expected a mapping with a name"),
-        ({"name": "mamba2", "conv_tokens": {"energy": 0.9}}, "conv_tokens is {'energy': 0.9}, expected int"),
-    ],
-    ids=lambda value: "-".join(map(str, value.values())) if isinstance(value, dict) else "",
-)
-def test_requests_that_are_refused(bases, scores, mixer, words):
-    with pytest.raises(ConfigError, match=words.replace("{", r"\{").replace("}", r"\}")) as caught:
-        plan(bases["llama"], {"keep": {"layers": [0]}, "mixer": mixer}, "t", 0, scores)
-    assert "\n" not in str(caught.value)
-
-
-def test_without_scores_the_command_is_named(bases, scores):
-    section = {"keep": {"layers": [0]}, "mixer": {"name": "low_rank_kv", "rank": {"fisher": 0.5}}}
-    command = "hybridize score BASE --metric fisher --data TEXT --out scores.json, then --scores scores.json"
-    with pytest.raises(ConfigError, match=f"plan: layer 1: mixer 'low_rank_kv': needs layer scores of metric fisher: {command}"):
-        plan(bases["llama"], section, "t", 0)
-    energy = Scores(base="", base_hash=scores.base_hash, tables=(scores.table("energy"),))
-    with pytest.raises(ConfigError, match=re.escape(f"metric fisher (have energy): {command}")):
-        plan(bases["llama"], section, "t", 0, energy)
-    with pytest.raises(ConfigError, match="scores: are of another base"):
-        plan(bases["qwen2"], section, "t", 0, scores)
-    # Where no layer takes the mixer nothing is needed, and its other options are checked all the same.
-    assert plan(bases["llama"], {**section, "keep": "all"}, "t", 0).kv_share == 1
-    with pytest.raises(ConfigError, match="has no option 'grup'"):
-        plan(bases["llama"], {"keep": "all", "mixer": {**section["mixer"], "grup": 1}}, "t", 0)
-
-
-def test_scores_that_nothing_follows_are_spoken_of(bases, scores, caplog):
-    plan(bases["llama"], {"keep": {"layers": [0]}, "mixer": {"name": "low_rank_kv", "rank": 4}}, "palu", 0, scores)
-    assert "palu: nothing in the plan follows the scores given" in caplog.text
-    caplog.clear()
-    settled(bases["llama"], scores, rank={"fisher": 0.5})
-    assert caplog.text == ""
 
 
 @pytest.mark.parametrize("name", SCORES.names())
