@@ -11,7 +11,7 @@ from transformers import AutoConfig
 
 from hybridize.checkpoint import describe, load_model, open_checkpoint
 from hybridize.data import Batch, Tokens
-from hybridize.distill import distill
+from hybridize.distill import distill, teach
 from hybridize.distill.cost import Machine, run_cost
 from hybridize.distill.job import configs_of
 from hybridize.distill.long import stretched
@@ -24,7 +24,7 @@ from hybridize.modeling import state_bytes
 from hybridize.pipeline import fitted
 from tests.distill.pair import KEEP, STREAMING, tiny_pair, tiny_tokens
 from tests.distill.test_distill import Stop, hashes, rows_of, stop_after
-from tests.tiny import SIZES
+from tests.tiny import SIZES, tiny_base
 from tests.tolerances import TOLERANCES, assert_close, rms_ratio
 
 MLA = {"name": "mla", "rope_dim": 4}
@@ -316,3 +316,15 @@ def test_divided_weights_and_checkpoints_change_nothing(folders, whole, tmp_path
         mine, theirs = (load_model(path).state_dict() for path in (out, whole))
         joined = [torch.cat([tensor.flatten() for tensor in state.values()]) for state in (mine, theirs)]
         assert rms_ratio(*joined) < 1e-4
+
+
+def test_a_cached_stage_behind_it_has_its_context(folders, tmp_path):
+    """Rows that only the stretched student and a teacher of a long context have room for, from a cache as from the teacher."""
+    far = tiny_base("llama", tmp_path, max_position_embeddings=1024)
+    losses = [{"name": "cross_entropy"}]
+    stages = [{**LONG, "losses": losses, "teacher_rope": "keep"}, {**AFTER, "losses": [{"name": "kl"}]}]
+    said = teach(folders[1], stages, tiny_tokens(), tmp_path / "said", teacher=far)
+    found = [
+        distill(folders[1], stages, tiny_tokens(), tmp_path / out, teacher=t) for out, t in (("live", far), ("cached", said))
+    ]
+    assert hashes(found[0])["model.safetensors"] == hashes(found[1])["model.safetensors"]
