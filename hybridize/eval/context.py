@@ -18,6 +18,17 @@ Progress = Callable[[str, float, float], None]
 
 
 @dataclass(frozen=True, kw_only=True)
+class Item:
+    """One item of a probe as a person would read it."""
+
+    prompt: str
+    """The end of what the model was shown."""
+    expected: str
+    given: str
+    """What the model answered; where answers are only scored, the one it holds most likely, or nothing."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class ProbeResult:
     """What one probe measured."""
 
@@ -26,6 +37,8 @@ class ProbeResult:
     """Per-item scores by metric name, in item order; their mean is the metric, or decides it."""
     item_hashes: dict[str, str] = field(default_factory=dict)
     """By metric name: hash of the items, for every metric with samples."""
+    items: dict[str, list[Item]] = field(default_factory=dict)
+    """By metric name, where a person can read them: as many as samples, in the same order."""
     versions: dict[str, str] = field(default_factory=dict)
     """Other software the numbers depend on."""
 

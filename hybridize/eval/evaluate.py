@@ -1,6 +1,8 @@
 """The eval verb: probes on one checkpoint, into one report."""
 
+import dataclasses
 import functools
+import json
 import logging
 import platform
 from importlib import metadata
@@ -18,7 +20,7 @@ from hybridize.errors import ConfigError
 from hybridize.eval.context import EvalContext, ProbeResult, Progress
 from hybridize.eval.probes import PROBES
 from hybridize.lineage import LINEAGE, read_lineage
-from hybridize.storage import write_json
+from hybridize.storage import write_json, write_text
 
 log = logging.getLogger(__name__)
 
@@ -42,7 +44,7 @@ def evaluate(
         probes: {"name": ..., **options} of each probe.
         text: held-out text: a source as `hybridize.data.read_documents` takes it, or tokens of this tokenizer.
         base: directory of the base, for probes that compare; may be the checkpoint itself.
-        out: where to write the report as JSON; None is nowhere.
+        out: where to write the report as JSON, and its items beside it (`items_path`); None is nowhere.
         seed: of prompts and of lm-eval.
         limit: at most so many items in each probe.
         progress: called with (label, done, total).
@@ -78,8 +80,23 @@ def evaluate(
         versions=_versions(model) | result.versions,
     )  # fmt: skip
     if out is not None:
+        write_text(items_path(Path(out)), _lines(result))
         write_json(Path(out), report.to_dict())
     return report
+
+
+def items_path(report: Path) -> Path:
+    """Where the items of a report lie: one JSON object a line, {"metric", "score", "prompt", "expected", "given"}."""
+    return report.with_suffix(".items.jsonl")
+
+
+def _lines(result: ProbeResult) -> str:
+    rows = (
+        {"metric": name, "score": score, **dataclasses.asdict(item)}
+        for name, items in result.items.items()
+        for score, item in zip(result.samples[name], items, strict=True)
+    )
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
 def _measure(probes: list[tuple[str, Any]], context: EvalContext) -> ProbeResult:
@@ -95,6 +112,7 @@ def _measure(probes: list[tuple[str, Any]], context: EvalContext) -> ProbeResult
             metrics=total.metrics | result.metrics,
             samples=total.samples | result.samples,
             item_hashes=total.item_hashes | result.item_hashes,
+            items=total.items | result.items,
             versions=total.versions | result.versions,
         )
     return total
