@@ -17,14 +17,13 @@ from typing import Any
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import torch  # noqa: E402
-from transformers import LlamaConfig, LlamaForCausalLM  # noqa: E402
-from transformers.cache_utils import DynamicCache, DynamicLayer  # noqa: E402
+from transformers import LlamaConfig  # noqa: E402
 
-from hybridize.cache import ForgetfulLayer, SinkWindowLayer, cache_bytes  # noqa: E402
-from hybridize.eval.probes.state_bytes import promised_bytes  # noqa: E402
+from hybridize.cache import cache_bytes  # noqa: E402
+from hybridize.eval.filled import filled_cache  # noqa: E402
+from hybridize.eval.shapes import random_model  # noqa: E402
 from hybridize.eval.table import human_bytes  # noqa: E402
 from hybridize.eval.timing import anonymous_bytes, decode  # noqa: E402
-from hybridize.modeling import build_model, hybrid_config  # noqa: E402
 from hybridize.storage import write_json  # noqa: E402
 
 
@@ -32,12 +31,7 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, help="write the figures here")
     parser.add_argument("--contexts", default="1024,8192,32768", help="tokens in the cache, with commas between")
-    parser.add_argument(
-        "--mixer",
-        default="mamba2",
-        choices=["mamba2", "streaming", "block_sparse", "streaming_heads"],
-        help="in place of attention",
-    )
+    parser.add_argument("--mixer", default="mamba2", help="in place of attention, with its defaults")
     parser.add_argument("--keep-every", type=int, default=4, help="every such layer stays attention")
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--hidden", type=int, default=1024)
@@ -52,52 +46,15 @@ def arguments() -> argparse.Namespace:
 
 def models(options: argparse.Namespace) -> dict[str, Any]:
     """The base and the hybrid, in bf16 on a GPU and in fp32 on a CPU."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32
     config = LlamaConfig(
         vocab_size=options.vocab, hidden_size=options.hidden, intermediate_size=options.hidden * 7 // 2,
         num_hidden_layers=options.layers, num_attention_heads=options.heads, num_key_value_heads=options.kv_heads,
-        max_position_embeddings=131072, tie_word_embeddings=True, dtype=dtype,
+        max_position_embeddings=131072, tie_word_embeddings=True,
     )  # fmt: skip
-    kept = {"name": "attention"}
-    other = {"name": options.mixer}
+    config.dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
+    kept, other = {"name": "attention"}, {"name": options.mixer}
     mixers = [kept if (i + 1) % options.keep_every == 0 else other for i in range(options.layers)]
-    torch.manual_seed(0)
-    hybrid = build_model(hybrid_config(config, mixers))
-    found = {"base": LlamaForCausalLM(config), "hybrid": hybrid}
-    for model in found.values():
-        # What decides the decay stays in fp32, as it does when a checkpoint is loaded.
-        exact = set(model._keep_in_fp32_modules_strict or ())
-        for name, parameter in model.named_parameters():
-            parameter.data = parameter.data.to(device, torch.float32 if name.split(".")[-1] in exact else dtype)
-        model.to(device).eval()
-    return found
-
-
-def fill(entry: Any, slots: int, prefix: str = "") -> None:
-    """Random keys and values of `slots` tokens in place of what an entry holds."""
-    for name in (f"{prefix}keys", f"{prefix}values"):
-        held = getattr(entry, name)
-        batch, groups, _, width = held.shape
-        setattr(entry, name, torch.randn(batch, groups, slots, width).to(held))
-
-
-@torch.no_grad()
-def filled_cache(model: Any, tokens: int, batch: int) -> DynamicCache:
-    """A cache as after `tokens` tokens, its contents random, held against the promised bytes."""
-    cache = DynamicCache(config=model.config)
-    model(input_ids=torch.zeros(batch, 1, dtype=torch.long, device=model.device), past_key_values=cache, use_cache=True)
-    for index, entry in enumerate(cache.layers):
-        if isinstance(entry, ForgetfulLayer):
-            entry.seen = tokens
-        if isinstance(entry, SinkWindowLayer):
-            for prefix, reach in model.model.layers[index].self_attn.parts():
-                fill(entry, reach.slots(tokens), prefix)
-        elif isinstance(entry, DynamicLayer):
-            fill(entry, tokens)
-    held, promised = cache_bytes(cache), batch * promised_bytes(model.config, tokens)
-    assert held == promised, f"cache of {tokens} tokens: {held} bytes, promised {promised}"
-    return cache
+    return {"base": random_model(config, config.dtype), "hybrid": random_model(config, config.dtype, mixers)}
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:

@@ -36,6 +36,18 @@ PATTERNS = [*CONFIG_ONLY, "*.safetensors", "*.json", "tokenizer*", "*.model", "m
 ELSEWHERE = ["consolidated*", "*/*"]
 
 
+def shape_of(name: str) -> Path:
+    """The directory of a config.json: of a well-known shape that comes with the package, or as in `resolve_base`.
+
+    Raises:
+        CheckpointError: as in `resolve_base`.
+    """
+    known = Path(str(resources.files("hybridize") / "configs" / "shapes"))
+    if name.lower() in {folder.name for folder in known.iterdir()}:
+        return known / name.lower()
+    return resolve_base(name, weights=False)
+
+
 def demo_model() -> Path:
     """The bundled small model."""
     return Path(str(resources.files("hybridize") / "demo" / "model"))

@@ -27,6 +27,7 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3ForCausalLM, Qwen3Mode
 
 from hybridize.errors import ConfigError
 from hybridize.mixers import MIXERS
+from hybridize.mixers.attention import Attention
 from hybridize.mixers.memory import Memories, check_reads, read_layers
 
 # Kept in fp32 whatever the model's dtype: a decay rounded to bf16 is another half-life.
@@ -48,7 +49,9 @@ def mixer_options(config: Any) -> list[Any]:
 
 
 def state_bytes(config: Any, tokens: int) -> int:
-    """Cache bytes of one sequence after `tokens` tokens, over all layers of a hybrid config."""
+    """Cache bytes of one sequence after `tokens` tokens, over all layers of a base's or a hybrid's config, in its dtype."""
+    if not config.model_type.startswith("hybrid_"):
+        return config.num_hidden_layers * Attention().state_bytes(config, tokens)
     return sum(options.state_bytes(config, tokens) for options in mixer_options(config))
 
 

@@ -134,7 +134,7 @@ def test_verbs_one_by_one(base, text, tmp_path, capsys):
     assert len(json.loads(out.out)["tokens"]) == 8 - 1
     code, out = call("bench", tmp_path / "d", "--against", base, "--contexts", "16", "--repeats", "1", "--json", capsys=capsys)
     assert code == 0
-    assert "decode_speedup" in json.loads(out.out)["contexts"]["16"]
+    assert "decode_speedup" in json.loads(out.out)["rows"][0]
 
 
 def test_ranks_from_scores_through_every_verb(base, text, tmp_path, capsys):
@@ -236,6 +236,12 @@ def test_keep_all_is_the_base_bit_for_bit(base, tmp_path):
         (["eval", "BASE"], "got no probes"),
         (["gate", "nothing.json", "--rule", "max_value perplexity 2"], "no such file"),
         (["bench", "BASE", "--contexts", "x"], "expected numbers"),
+        (["bench"], "neither DIR and --shape"),
+        (["bench", "BASE", "--shape", "llama-3.2-1b"], "both DIR and --shape"),
+        (["bench", "BASE", "--recipe", "mamba2"], "--recipe goes with --shape"),
+        (["bench", "--shape", "llama-3.2-1x"], "Did you mean 'llama-3.2-1b'"),
+        (["bench", "BASE", "--set", "a=b"], "give --recipe"),
+        (["bench", "BASE", "--dtype", "int8"], "not one of 'bfloat16'"),
         (["plan", "BASE", "--nope"], "No such option"),
         (["plan", "BASE", "--recipe", "palu", "--scores", "nothing.json"], "nothing.json: no such file; expected scores"),
         (

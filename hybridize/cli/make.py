@@ -35,9 +35,9 @@ def info(checkpoint: Annotated[str, typer.Argument(metavar="DIR", help="Director
     """
     from hybridize.checkpoint import describe
     from hybridize.conversions.native import native_verdict
-    from hybridize.eval.probes.state_bytes import promised_bytes
     from hybridize.eval.table import human_bytes
     from hybridize.hub import resolve_base
+    from hybridize.modeling import state_bytes
 
     found = describe(resolve_base(checkpoint, weights=False))
     mixers = found.config.mixers if found.is_hybrid else [{"name": "attention"}] * found.config.num_hidden_layers
@@ -54,7 +54,7 @@ def info(checkpoint: Annotated[str, typer.Argument(metavar="DIR", help="Director
         "dtype": str(found.dtype).removeprefix("torch."),
         "layers": len(mixers), "mixers": [spec["name"] for spec in mixers], "parameters": parameters,
         "context": found.config.max_position_embeddings, "rope": dict(found.config.rope_parameters),
-        "state_bytes": {str(t): promised_bytes(found.config, t) for t in (1024, 32768, 131072)},
+        "state_bytes": {str(t): state_bytes(found.config, t) for t in (1024, 32768, 131072)},
         "native": native_verdict(found.config, mixers),
     }  # fmt: skip
     counts = {name: value["mixers"].count(name) for name in dict.fromkeys(value["mixers"])}

@@ -1,4 +1,4 @@
-"""The verbs that measure: score, eval, gate, bench, report."""
+"""The verbs that measure quality: score, eval, gate, report."""
 
 from pathlib import Path
 from typing import Annotated, Any, Optional
@@ -6,7 +6,7 @@ from typing import Annotated, Any, Optional
 import typer
 
 from hybridize.cli import shared
-from hybridize.cli.shared import BaseArg, DirArg, RecipeOpt, SetOpt, TextOpt, cli
+from hybridize.cli.shared import BaseArg, RecipeOpt, SetOpt, TextOpt, cli
 from hybridize.errors import ConfigError
 
 
@@ -122,43 +122,6 @@ def gate(
     shared.screen.result(verdict.to_dict())
     if not verdict.passed:
         raise typer.Exit(1)
-
-
-@cli.command()
-def bench(
-    checkpoint: DirArg,
-    against: Annotated[Optional[str], typer.Option(help="The base to compare with in the same run.")] = None,  # noqa: UP045
-    contexts: Annotated[str, typer.Option(help="Tokens in the cache, with commas between.")] = "1024,8192",
-    batch: int = 1,
-    repeats: int = 5,
-    out: Annotated[Optional[Path], typer.Option("--out", help="Write the figures as JSON.")] = None,  # noqa: UP045
-) -> None:
-    """Measure speed, peak memory and cache bytes.
-
-    Prefill and decode; base and hybrid take turns in one run.
-    """
-    from hybridize.eval import bench as run_bench
-    from hybridize.eval.table import human_bytes
-    from hybridize.hub import resolve_base
-
-    try:
-        lengths = [int(part) for part in contexts.split(",")]
-    except ValueError as error:
-        raise ConfigError(f"--contexts: got {contexts!r}, expected numbers such as 1024,8192") from error
-    other = None if against is None else resolve_base(against)
-    figures = run_bench(checkpoint, other, lengths, batch, out, repeats, progress=shared.screen.progress)
-    rows = [["context", "model", "prefill tokens/s", "decode tokens/s", "cache", "peak"]]
-    for tokens, row in figures["contexts"].items():
-        for name in ("model", "base"):
-            if name in row:
-                at = row[name]
-                rows.append([str(tokens), name, f"{at['prefill_tokens_per_s']:,.0f}", f"{at['decode_tokens_per_s']:,.1f}",
-                             human_bytes(at["cache_bytes"]), human_bytes(at["peak_bytes"])])  # fmt: skip
-        if "decode_speedup" in row:
-            rows.append([str(tokens), "ratio", f"{row['prefill_speedup']:.2f}x", f"{row['decode_speedup']:.2f}x",
-                         f"{row['cache_ratio']:.3f}", f"{row['peak_ratio']:.2f}"])  # fmt: skip
-    shared.screen.table(rows)
-    shared.screen.result(figures)
 
 
 @cli.command()

@@ -118,11 +118,11 @@ def _measure(probes: list[tuple[str, Any]], context: EvalContext) -> ProbeResult
     return total
 
 
-def load_for_test(path: Path) -> Any:
-    """A checkpoint's model on the best device here: the GPU in its own dtype, else the CPU in fp32."""
+def load_for_test(path: Path, dtype: torch.dtype | None = None) -> Any:
+    """A checkpoint's model on the best device here: without a `dtype`, the GPU in its own, else the CPU in fp32."""
     if torch.cuda.is_available():
-        return load_model(path).to("cuda")
-    return load_model(path, torch.float32)
+        return load_model(path, dtype).to("cuda")
+    return load_model(path, dtype or torch.float32)
 
 
 def load_tokenizer(path: Path) -> Any:

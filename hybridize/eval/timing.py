@@ -4,15 +4,17 @@ import threading
 import time
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from transformers.cache_utils import Cache, DynamicCache
 
 from hybridize.cache import cache_bytes
 from hybridize.eval.context import Progress
+from hybridize.eval.filled import filled_cache
 
 CHUNK_TOKENS = 512
+Fill = Literal["prefill", "random"]
 
 
 def random_ids(model: Any, batch: int, tokens: int, seed: int) -> torch.Tensor:
@@ -29,16 +31,37 @@ def _now(model: Any) -> float:
 
 
 @torch.no_grad()
-def prefill(model: Any, ids: torch.Tensor) -> tuple[Cache, float]:
-    """Fill a new cache with `ids` [B, T], 512 tokens at a time; return it and the seconds it took.
+def prefill(model: Any, ids: torch.Tensor, cache: Cache | None = None) -> tuple[Cache, float]:
+    """Add `ids` [B, T] to a cache, None for a new one, 512 tokens at a time; return it and the seconds it took.
 
     Chunks bound the memory of a long prompt, and only the last token's logits are made.
     """
-    cache = DynamicCache(config=model.config)
+    if cache is None:
+        cache = DynamicCache(config=model.config)
     start = _now(model)
     for chunk in ids.split(CHUNK_TOKENS, dim=1):
         model(input_ids=chunk, past_key_values=cache, use_cache=True, logits_to_keep=1)
     return cache, _now(model) - start
+
+
+def prompted(model: Any, batch: int, tokens: int, seed: int, fill: Fill) -> tuple[Cache, float, int]:
+    """A cache of `tokens` tokens, the seconds that a prompt took, and its tokens in each sequence.
+
+    Args:
+        model: a causal LM of transformers.
+        batch: sequences at once.
+        tokens: in the cache at the end.
+        seed: of the prompt.
+        fill: "prefill" reads the whole prompt; "random" puts random numbers for all but the last 512 tokens into the
+            cache and reads those alone, since a step's time follows from shapes.
+    """
+    if fill == "prefill":
+        return *prefill(model, random_ids(model, batch, tokens, seed)), tokens
+    chunk = min(CHUNK_TOKENS, tokens)
+    ids = random_ids(model, batch, chunk, seed)
+    if tokens == chunk:
+        return *prefill(model, ids), tokens
+    return *prefill(model, ids, filled_cache(model, tokens - chunk, batch)), chunk
 
 
 @torch.no_grad()
@@ -60,6 +83,7 @@ def race(
     repeats: int = 5,
     prefills: int = 2,
     progress: Progress | None = None,
+    fill: Fill = "prefill",
 ) -> dict[str, dict[str, Any]]:
     """Time all models at one context length, one after another in every round.
 
@@ -71,10 +95,12 @@ def race(
         repeats: rounds of decoding.
         prefills: rounds of prefilling.
         progress: called with (label, done, total) rounds.
+        fill: as in `prompted`.
 
     Returns:
-        By name: `prefill_s` and `decode_s` (seconds per prompt batch and per step, a list with one entry a round) and
-        `cache_bytes` (of the real cache after prefill, all sequences).
+        By name: `prefill_s` and `decode_s` (seconds per prompt batch and per step, a list with one entry a round),
+        `prompt_tokens` (of each sequence, that a prefill reads) and `cache_bytes` (of the real cache after it, all
+        sequences).
     """
     out: dict[str, dict[str, Any]] = {name: {"prefill_s": [], "decode_s": []} for name in models}
     caches: dict[str, Cache] = {}
@@ -84,8 +110,9 @@ def race(
     for round_ in range(prefills):
         for name, model in models.items():
             caches.pop(name, None)
-            caches[name], seconds = prefill(model, random_ids(model, batch, tokens, round_))
+            caches[name], seconds, read = prompted(model, batch, tokens, round_, fill)
             out[name]["prefill_s"].append(seconds)
+            out[name]["prompt_tokens"] = read
         if progress is not None:
             progress(f"prefill {tokens}", round_ + 1, prefills)
     for name, cache in caches.items():

@@ -1,6 +1,7 @@
 """Cache bytes of real caches, and the shape (not the size) of what is timed."""
 
 import json
+import math
 import runpy
 import sys
 from pathlib import Path
@@ -9,12 +10,15 @@ import pytest
 import torch
 from transformers import AutoConfig
 
-from hybridize.checkpoint import load_model
-from hybridize.errors import ConfigError
-from hybridize.eval import bench, evaluate
+from hybridize.checkpoint import describe_base, load_model, skeleton
+from hybridize.errors import CheckpointError, ConfigError
+from hybridize.eval import bench, bench_shape, evaluate
+from hybridize.eval.bench import fitted_crossover
 from hybridize.eval.probes.speed import Speed
-from hybridize.eval.probes.state_bytes import StateBytes, promised_bytes
+from hybridize.eval.probes.state_bytes import StateBytes
 from hybridize.eval.timing import PeakMemory, prefill, random_ids
+from hybridize.hub import shape_of
+from hybridize.modeling import state_bytes
 from tests.eval.toys import context_of, toy_base, toy_hybrid
 
 ATTENTION = {"name": "attention"}
@@ -93,21 +97,62 @@ def test_chunked_prefill_ends_in_the_same_state(base, tmp_path):
 
 def test_bench(base, tmp_path):
     path = toy_hybrid(base, tmp_path, MIXERS["mamba2"])
-    result = bench(path, base, contexts=[64, 16], repeats=2, new_tokens=2, out=tmp_path / "bench.json")
+    result = bench(path, base, contexts=[64, 16], batches=[2, 1], repeats=2, new_tokens=2, out=tmp_path / "bench.json")
     assert json.loads((tmp_path / "bench.json").read_text()) == result
-    assert list(result["contexts"]) == ["16", "64"]
-    row = result["contexts"]["64"]
+    assert [(row["batch"], row["context"]) for row in result["rows"]] == [(1, 16), (1, 64), (2, 16), (2, 64)]
+    row = result["rows"][1]
+    assert result["rows"][3]["model"]["cache_bytes"] == 2 * row["model"]["cache_bytes"]
     for name, folder in (("model", path), ("base", base)):
-        assert row[name]["cache_bytes"] == promised_bytes(AutoConfig.from_pretrained(folder), 64)
+        assert row[name]["cache_bytes"] == state_bytes(AutoConfig.from_pretrained(folder), 64)
         assert row[name]["peak_bytes"] >= row[name]["weight_bytes"] > 0
         low, high = row[name]["decode_tokens_per_s_spread"]
         assert 0 < low <= row[name]["decode_tokens_per_s"] <= high
     assert row["cache_ratio"] == row["model"]["cache_bytes"] / row["base"]["cache_bytes"]
     assert row["decode_speedup"] > 0
     alone = bench(path, contexts=[16], repeats=1, new_tokens=1)
-    assert set(alone["contexts"]["16"]) == {"model"}
+    assert set(alone["rows"][0]) == {"batch", "context", "model"}
+    assert alone["crossover"] is None
+    assert set(result["crossover"]) == {"1", "2"}
+    even = result["break_even"]
+    hybrid, full = (AutoConfig.from_pretrained(folder) for folder in (path, base))
+    assert even["bytes"] == state_bytes(hybrid, even["tokens"]) <= state_bytes(full, even["tokens"])
+    assert state_bytes(hybrid, even["tokens"] - 1) > state_bytes(full, even["tokens"] - 1)
+    weights = row["base"]["weight_bytes"]
+    reached = even["weights_tokens"]["base"]
+    assert state_bytes(full, reached - 1) < weights <= state_bytes(full, reached)
     with pytest.raises(ConfigError, match="at least 1"):
         bench(path, contexts=[0])
+
+
+def test_lines_through_the_times_meet_where_they_were_drawn_to():
+    def rows(model, base):
+        at = lambda t, line: {"decode_tokens_per_s": 3 / (line[0] + line[1] * t)}  # noqa: E731
+        return [{"batch": 3, "context": t, "model": at(t, model), "base": at(t, base)} for t in (100, 1000, 7000)]
+
+    assert fitted_crossover(rows((0.011, 1e-6), (0.010, 2e-6))) == 1000
+    assert fitted_crossover(rows((0.009, 1e-6), (0.010, 2e-6))) == 0
+    assert fitted_crossover(rows((0.009, 2e-6), (0.010, 2e-6))) is None
+    assert fitted_crossover(rows((0.011, 1e-6), (0.010, 2e-6))[:1]) is None
+
+
+def test_a_shape_alone(tmp_path):
+    small = {"hidden_size": 64, "intermediate_size": 64, "vocab_size": 128, "num_hidden_layers": 2}
+    raw = json.loads((shape_of("qwen3-8b") / "config.json").read_text()) | small
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    config = describe_base(shape_of(str(tmp_path))).config
+    result = bench_shape(config, [ATTENTION, MAMBA2], "small", contexts=[700], repeats=1, new_tokens=1)
+    row = result["rows"][0]
+    assert result["dtype"] == "bfloat16"
+    assert row["model"]["time_to_first_token_s"] is None
+    assert row["base"]["cache_bytes"] == 2 * 2 * 8 * 128 * 2 * 700
+    assert row["model"]["cache_bytes"] < row["base"]["cache_bytes"]
+
+
+def test_shapes_are_known_and_whole():
+    config = describe_base(shape_of("llama-3.2-1b")).config
+    assert sum(math.prod(shape) for shape in skeleton(config).values()) - 2048 * 128256 == 1_235_814_400
+    with pytest.raises(CheckpointError, match=r"llama-3\.2-1x: .*Did you mean 'llama-3\.2-1b'"):
+        shape_of("llama-3.2-1x")
 
 
 def test_peak_memory_sees_what_was_held_and_freed():

@@ -7,6 +7,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 import hybridize.modeling as modeling
 from hybridize.cache import cache_bytes
 from hybridize.errors import ConfigError
+from hybridize.eval.filled import filled_cache
 from hybridize.families import FAMILIES
 from hybridize.mixers import MIXERS
 from tests.tiny import tiny_base
@@ -269,3 +270,26 @@ def test_long_streaming_text_is_the_dense_mask(bases):
         slow = attention(hidden, angles, segment_ids=torch.zeros(1, 600, dtype=torch.long))[0]
     assert torch.allclose(fast, slow, atol=1e-5)
     assert torch.allclose(in_chunks(model, long, (256, 100, 1, 243))[0], plain, atol=5e-5)
+
+
+def tensors(entry):
+    """Names, shapes and dtypes of what a cache entry holds, and how many tokens it says it saw."""
+    held = {
+        name: (tuple(value.shape), value.dtype) for name, value in sorted(vars(entry).items()) if isinstance(value, torch.Tensor)
+    }
+    below = {kind.__name__: tensors(part) for kind, part in getattr(entry, "parts", {}).items()}
+    return type(entry).__name__, entry.get_seq_length(), held, below
+
+
+@pytest.mark.parametrize("name", MIXERS.names())
+def test_a_cache_filled_without_a_prompt_has_the_shapes_of_a_real_one(bases, name):
+    model = build(bases, "llama", name)
+    ids = torch.randint(3, 64, (2, 300), generator=torch.Generator().manual_seed(3))
+    real, filled = DynamicCache(config=model.config), filled_cache(model, 300, 2)
+    with torch.no_grad():
+        model(ids, past_key_values=real, use_cache=True)
+        assert [tensors(entry) for entry in filled.layers] == [tensors(entry) for entry in real.layers]
+        for cache in (real, filled):
+            out = model(ids[:, :3], past_key_values=cache, use_cache=True).logits
+            assert out.isfinite().all()
+    assert cache_bytes(filled) == cache_bytes(real)

@@ -1,7 +1,6 @@
 """Cache bytes of one sequence, by context length."""
 
 from dataclasses import dataclass, field
-from typing import Any
 
 from hybridize.cache import cache_bytes
 from hybridize.checkpoint import open_checkpoint
@@ -9,15 +8,7 @@ from hybridize.core import Metric
 from hybridize.errors import ConfigError
 from hybridize.eval.context import EvalContext, ProbeResult
 from hybridize.eval.timing import prefill, random_ids
-from hybridize.mixers.attention import Attention
 from hybridize.modeling import state_bytes
-
-
-def promised_bytes(config: Any, tokens: int) -> int:
-    """What a base's or a hybrid's cache holds after `tokens` tokens of one sequence, by formula, in config's dtype."""
-    if config.model_type.startswith("hybrid_"):
-        return state_bytes(config, tokens)
-    return Attention().state_bytes(config, tokens) * config.num_hidden_layers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,12 +33,12 @@ class StateBytes:
         model = context.model
         tokens = min(self.check_tokens, *self.contexts)
         cache, _ = prefill(model, random_ids(model, 1, tokens, context.seed))
-        held, promised = cache_bytes(cache), promised_bytes(model.config, tokens)
+        held, promised = cache_bytes(cache), state_bytes(model.config, tokens)
         assert held == promised, f"{context.checkpoint}: a cache of {tokens} tokens holds {held} bytes, promised {promised}"
         stored = open_checkpoint(context.checkpoint).config
         return ProbeResult(
             metrics={
-                f"state_bytes@{length}": Metric(value=promised_bytes(stored, length), unit="bytes", samples=1)
+                f"state_bytes@{length}": Metric(value=state_bytes(stored, length), unit="bytes", samples=1)
                 for length in self.contexts
             }
         )
