@@ -54,7 +54,7 @@ def _stretch(entry: Any, mixer: Any, tokens: int) -> None:
         entry.positions = torch.arange(tokens, dtype=torch.int32, device=entry.positions.device).expand(
             entry.positions.shape[0], -1
         )
-    if isinstance(entry, DynamicLayer) and isinstance(entry.keys, Tensor):
+    if isinstance(entry, DynamicLayer) and entry.keys is not None and entry.values is not None:
         entry.keys, entry.values = _longer(entry.keys, tokens), _longer(entry.values, tokens)
 
 
