@@ -121,12 +121,12 @@ def stages(hidden: int, mixer: str, repeats: int) -> dict[str, float]:
     ids = torch.randint(VOCAB, (ROWS, SEQ))
     common = {"tokens": SEQ * ROWS, "seq_tokens": SEQ, "rows": ROWS}
     half = list(range(0, LAYERS, 2))
-    mixed = [{"name": "mixer_output"}]
+    both = [{"name": "mixer_output"}, {"name": "hidden_state"}]
     steps = {
         "ce": plain_step(pair(hidden, mixer, half)[0], ids),
         "base_ce": plain_step(LlamaForCausalLM(config(hidden)), ids),
         "align": stage_step(Align(**common), *pair(hidden, mixer, half), ids),
-        "align_mixer_only": stage_step(Align(**common, losses=mixed), *pair(hidden, mixer, half), ids),
+        "align_with_hidden": stage_step(Align(**common, losses=both), *pair(hidden, mixer, half), ids),
         "align_all_layers": stage_step(Align(**common), *pair(hidden, mixer, list(range(LAYERS))), ids),
         "kl": stage_step(KLStage(**common), *pair(hidden, mixer, half), ids),
         "kl_attention_student": stage_step(KLStage(**common), *pair(hidden, mixer, []), ids),

@@ -47,6 +47,7 @@ WAYS: dict[str, tuple[float, list[dict[str, Any]], list[dict[str, Any]], bool]] 
     "zebra": (0.2, ILD, [KL], False),
     "zebra, batchmean": (0.2, ILD, [KL | {"reduction": "published_batchmean"}], False),
     "align of both+kl": (0.125, [MIXED, HIDDEN], [KL], True),
+    "align of both+kl+hidden": (0.125, [MIXED, HIDDEN], [KL, FEATURES], True),
     "base, ce": (0.0, [], [CE], False),
 }
 # Twice the published rates of Zebra-Llama were too low by far for models of a million weights; all ways share these.

@@ -20,6 +20,7 @@ import pytest
 from hybridize.distill import metrics_path
 from hybridize.storage import file_sha256, partial_folder
 from tests.distill.chats import chat_pair, words, write_chats, write_pairs
+from tests.distill.pair import BOTH
 
 ROOT = Path(__file__).parents[1]
 
@@ -65,7 +66,7 @@ def disk_stages(data):
     """Layer by layer from disk, once more on what that made, then one that holds the model."""
     align, kl = text_stages(data)[:2]
     align |= {"engine": "disk", "save_tokens": 64}
-    return [align, {**align, "losses": [{"name": "mixer_output"}]}, kl]
+    return [align, {**align, "losses": BOTH}, kl]
 
 
 # (stages, kills) of each campaign.

@@ -38,9 +38,8 @@ class Align(StageOptions):
     engine: Literal["memory", "disk"] = "memory"
     """Where the teacher's stream lies between layers. `memory`: whole models, all layers in each step. `disk`: one layer in
     memory, trained to its end before the next one comes, and the stream of all tokens in files; the same numbers."""
-    losses: list[dict[str, Any]] = field(
-        default_factory=lambda: [{"name": "mixer_output", "weight": 1.0}, {"name": "hidden_state", "weight": 1.0}]
-    )
+    losses: list[dict[str, Any]] = field(default_factory=lambda: [{"name": "mixer_output", "weight": 1.0}])
+    """`hidden_state` beside it costs half a step more, and gained nothing before a stage with `features` (bench/quality.py)."""
 
     TRAINS: ClassVar[list[str]] = ["*.self_attn.*"]
 

@@ -14,6 +14,8 @@ from tests.tiny import tiny_base
 
 STREAMING = {"name": "streaming", "sink_tokens": 1, "window_tokens": 4}
 KEEP = {"name": "attention"}
+# Both losses of a layer: the second is not align's default, and takes other paths.
+BOTH = [{"name": "mixer_output"}, {"name": "hidden_state"}]
 
 
 def tiny_pair(tmp: Path, mixers: tuple = (STREAMING, KEEP, STREAMING), noise: float = 0.3, **overrides) -> tuple[Path, Path]:

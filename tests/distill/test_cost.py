@@ -17,12 +17,12 @@ from hybridize.distill.run import build_stages, load_pair
 from hybridize.distill.stages import STAGES
 from hybridize.errors import ConfigError
 from hybridize.modeling import hybrid_config
-from tests.distill.pair import KEEP, STREAMING, tiny_pair, tiny_tokens
+from tests.distill.pair import BOTH, KEEP, STREAMING, tiny_pair, tiny_tokens
 
 MAMBA = {"name": "mamba2"}
 WIDER = {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 4, "head_dim": 32, "vocab_size": 256}
 STAGE = {"tokens": 640, "seq_tokens": 32, "rows": 4}
-ALIGN = {"name": "align", **STAGE}
+ALIGN = {"name": "align", **STAGE, "losses": BOTH}
 KL = {"name": "kl", **STAGE}
 
 

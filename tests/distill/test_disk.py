@@ -17,10 +17,19 @@ from hybridize.errors import ConfigError
 from hybridize.lineage import read_lineage
 from hybridize.modeling import mixer_options
 from hybridize.storage import partial_folder
-from tests.distill.pair import KEEP, STREAMING, tiny_pair, tiny_tokens
+from tests.distill.pair import BOTH, KEEP, STREAMING, tiny_pair, tiny_tokens
 from tests.distill.test_distill import Stop, stop_after
 
-ALIGN = {"name": "align", "tokens": 3 * 64, "seq_tokens": 16, "rows": 4, "lr": 3e-3, "save_tokens": 64, "clip": 0.05}
+ALIGN = {
+    "name": "align",
+    "tokens": 3 * 64,
+    "seq_tokens": 16,
+    "rows": 4,
+    "lr": 3e-3,
+    "save_tokens": 64,
+    "clip": 0.05,
+    "losses": BOTH,
+}
 KL = {"name": "kl", "tokens": 64, "seq_tokens": 16, "rows": 4}
 MAMBA, GMU, XKV = {"name": "mamba2"}, {"name": "gmu", "reads": 0}, {"name": "xkv", "group_layers": 2}
 MATRIX = [{"name": "mixing_matrix"}, {"name": "relations"}, {"name": "mixer_output", "at": "context"}]

@@ -17,11 +17,11 @@ from hybridize.distill import distill, loop, metrics_path
 from hybridize.errors import ConfigError, DataError, TrainingError
 from hybridize.lineage import read_lineage, verify_files
 from hybridize.storage import file_sha256, partial_folder
-from tests.distill.pair import tiny_pair, tiny_tokens
+from tests.distill.pair import BOTH, tiny_pair, tiny_tokens
 from tests.tolerances import assert_close
 
 STAGES = [
-    {"name": "align", "tokens": 5 * 64, "seq_tokens": 16, "rows": 4, "lr": 3e-3, "save_tokens": 128},
+    {"name": "align", "tokens": 5 * 64, "seq_tokens": 16, "rows": 4, "lr": 3e-3, "save_tokens": 128, "losses": BOTH},
     {"name": "kl", "tokens": 5 * 64, "seq_tokens": 16, "rows": 2, "accumulate": 2, "lr": 1e-3, "save_tokens": 128},
 ]
 ROOT = Path(__file__).parents[2]

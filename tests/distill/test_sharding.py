@@ -31,7 +31,7 @@ from hybridize.distill.stages import STAGES
 from hybridize.errors import CheckpointError, ConfigError, TrainingError
 from hybridize.storage import partial_folder
 from tests.distill import test_distill
-from tests.distill.pair import KEEP, STREAMING, tiny_pair, tiny_tokens
+from tests.distill.pair import BOTH, KEEP, STREAMING, tiny_pair, tiny_tokens
 from tests.tolerances import TOLERANCES, rms_ratio
 
 ROOT = Path(__file__).parents[2]
@@ -39,7 +39,7 @@ MAMBA = {"name": "mamba2"}
 SMALL = {"tokens": 4096, "seq_tokens": 16, "rows": 4}
 CPU = torch.device("cpu")
 STAGES_TRIED = [
-    {"name": "align", **SMALL},
+    {"name": "align", **SMALL, "losses": BOTH},
     {"name": "align", **SMALL, "losses": [{"name": "mixer_output"}], "dtype": "bf16"},
     {"name": "kl", **SMALL},
     {"name": "kl", **SMALL, "train": ["*.self_attn.*"], "dtype": "bf16"},

@@ -13,7 +13,7 @@ from hybridize.distill.run import load_pair
 from hybridize.distill.stages import STAGES
 from hybridize.errors import ConfigError
 from hybridize.mixers import MIXERS
-from tests.distill.pair import KEEP, STREAMING, tiny_pair
+from tests.distill.pair import BOTH, KEEP, STREAMING, tiny_pair
 from tests.tolerances import assert_close, rms_ratio
 
 MAMBA, GMU = {"name": "mamba2"}, {"name": "gmu", "reads": 0}
@@ -144,7 +144,7 @@ def test_kl_trains_all_and_the_teacher_keeps_its_own(folders, ids):
 def test_align_gives_a_reader_the_students_memory_and_no_way_back(tmp_path, ids):
     """The unit's loss from the student's own lower layer on the teacher's input, whose gradient stays its own."""
     folders = tiny_pair(tmp_path, (MAMBA, KEEP, GMU))
-    options = Align(**SMALL)
+    options = Align(**SMALL, losses=BOTH)
     student, teacher, trained = pair(folders, options)
     parts = options.start(student, teacher, Batch(ids))(Batch(ids), 1.0)
     found = {name: p.grad.clone() for name, p in trained.items()}
