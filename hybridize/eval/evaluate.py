@@ -15,7 +15,7 @@ from transformers import AutoTokenizer
 import hybridize
 from hybridize.checkpoint import load_model, open_checkpoint
 from hybridize.core import Report, digest
-from hybridize.data import Tokens, read_documents, tokenize
+from hybridize.data import Tokens, read_documents, tokenize, tokenizer_hash
 from hybridize.errors import ConfigError
 from hybridize.eval.context import EvalContext, ProbeResult, Progress
 from hybridize.eval.probes import PROBES
@@ -77,7 +77,7 @@ def evaluate(
         # The headers of a base say little about its weights, but hashing those would read all of them again.
         checkpoint_hash=digest(read_lineage(checkpoint)["files"]) if (checkpoint / LINEAGE).is_file() else found.hash,
         metrics=result.metrics, samples=result.samples, item_hashes=result.item_hashes,
-        versions=_versions(model) | result.versions,
+        versions=_versions(model) | tokenizer_version(checkpoint) | result.versions,
     )  # fmt: skip
     if out is not None:
         write_text(items_path(Path(out)), _lines(result))
@@ -142,6 +142,12 @@ def _tokens(tokenizer: Any, text: str | Path | Tokens | None, checkpoint: Path) 
     if tokenizer is None:
         raise ConfigError(f"{checkpoint}: has no tokenizer to read {text} with; expected tokenizer.json")
     return tokenize(tokenizer, read_documents(text))
+
+
+def tokenizer_version(checkpoint: Path) -> dict[str, str]:
+    """{"tokenizer": hash of what decides its ids}, nothing for a checkpoint without one."""
+    found = tokenizer_hash(checkpoint)
+    return {} if found is None else {"tokenizer": found}
 
 
 def _versions(model: Any) -> dict[str, str]:

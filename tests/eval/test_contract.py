@@ -11,7 +11,8 @@ from hybridize.eval import GATES, PROBES
 EVERY = [(PROBES, name) for name in PROBES.names()] + [(GATES, name) for name in GATES.names()]
 NEEDED = {"lm_eval": {"tasks": ["arc_easy"]}, "recovery": {"tasks": ["a"], "min": 1.0}}
 NEEDED |= {"max_ratio": {"metric": "a", "max": 1.0}, "max_value": {"metric": "a", "max": 1.0}}
-NEEDED |= {"min_value": {"metric": "a", "min": 1.0}}
+NEEDED |= {"min_value": {"metric": "a", "min": 1.0}, "max_rise": {"metric": "a", "max": 1.0}}
+NEEDED |= {"parity": {"max": 1e-4}, "decode_speed": {"min": 1.0}}
 
 
 @pytest.mark.parametrize(("table", "name"), EVERY)
@@ -36,3 +37,4 @@ def test_every_gate_can_be_written_as_a_rule():
     for name in GATES.names():
         cls = GATES.load(name)
         assert set(cls.rule) <= {field.name for field in dataclasses.fields(cls)}
+        assert isinstance(cls.compares, bool)
