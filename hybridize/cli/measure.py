@@ -6,7 +6,7 @@ from typing import Annotated, Any, Optional
 import typer
 
 from hybridize.cli import shared
-from hybridize.cli.shared import BaseArg, DirArg, RecipeOpt, SetOpt, TextOpt, cli
+from hybridize.cli.shared import BaseArg, DirArg, RecipeOpt, SetOpt, SuiteOpt, TextOpt, cli
 from hybridize.errors import ConfigError
 
 
@@ -67,6 +67,7 @@ def eval_(
     tasks: Annotated[Optional[str], typer.Option(help="lm-eval tasks, with commas between.")] = None,  # noqa: UP045
     include_path: Annotated[Optional[Path], typer.Option(help="Directory of your own lm-eval YAML tasks.")] = None,  # noqa: UP045
     recipe: RecipeOpt = None,
+    suite: SuiteOpt = None,
     data: TextOpt = None,
     base: Annotated[Optional[str], typer.Option(help="For probes that compare. Default: the hybrid's own.")] = None,  # noqa: UP045
     limit: Annotated[Optional[int], typer.Option(help="At most so many items in each probe.")] = None,  # noqa: UP045
@@ -74,7 +75,7 @@ def eval_(
 ) -> None:
     """Measure a checkpoint with probes and lm-eval tasks.
 
-    A recipe's probes, --tasks of lm-eval, or perplexity on --data alone.
+    A recipe's probes, a suite's, --tasks of lm-eval, or perplexity on --data alone.
     """
     from hybridize.checkpoint import open_checkpoint
     from hybridize.eval import comparison_table, evaluate
@@ -87,6 +88,7 @@ def eval_(
     if recipe is not None:
         chosen = shared.load(recipe, set_)
         probes, seed = list(chosen.evaluate), chosen.seed
+    probes += shared.suite_of(suite, "evaluate")
     if tasks is not None:
         where = {"include_path": str(include_path)} if include_path is not None else {}
         probes.append({"name": "lm_eval", "tasks": [t.strip() for t in tasks.split(",") if t.strip()], **where})
@@ -105,11 +107,15 @@ def gate(
     report: Annotated[Path, typer.Argument(help="A report.json.")],
     baseline: Annotated[Optional[Path], typer.Option(help="The report to compare with.")] = None,  # noqa: UP045
     recipe: RecipeOpt = None,
+    suite: SuiteOpt = None,
     rule: Annotated[list[str], typer.Option(help="Such as 'max_ratio perplexity 1.05'.")] = [],  # noqa: B006
     out: Annotated[Optional[Path], typer.Option("--out", help="Write the verdict as JSON.")] = None,  # noqa: UP045
     set_: SetOpt = [],  # noqa: B006
 ) -> None:
-    """Judge a report against a baseline. Exit code 1 when a gate fails."""
+    """Judge a report against a baseline: a recipe's gates, a suite's, or --rule.
+
+    Exit code 1 when a gate fails, 2 when there is nothing to judge by.
+    """
     from hybridize.core import Report
     from hybridize.eval import gate as judge
     from hybridize.eval import parse_rule
@@ -117,6 +123,7 @@ def gate(
     gates = [parse_rule(text) for text in rule]
     if recipe is not None:
         gates += shared.load(recipe, set_).gates
+    gates += shared.suite_of(suite, "gates")
     verdict = judge(Report.read(report), None if baseline is None else Report.read(baseline), gates, out)
     shared.show_verdict(verdict)
     shared.screen.result(verdict.to_dict())

@@ -3,7 +3,7 @@
 import dataclasses
 import os
 from pathlib import Path
-from typing import Annotated, Any, Optional
+from typing import Annotated, Any, Literal, Optional
 
 import typer
 
@@ -25,6 +25,7 @@ screen = Screen()
 BaseArg = Annotated[str, typer.Argument(metavar="BASE", help="Directory, hub id, alias such as llama-3-8b, or 'demo'.")]
 DirArg = Annotated[Path, typer.Argument(metavar="DIR", help="Directory of a checkpoint.")]
 RecipeOpt = Annotated[Optional[str], typer.Option("--recipe", help="A recipe file, or the name of a built-in one.")]  # noqa: UP045
+SuiteOpt = Annotated[Optional[str], typer.Option("--suite", help="Probes and gates: offline, standard, or a file.")]  # noqa: UP045
 SetOpt = Annotated[list[str], typer.Option("--set", metavar="KEY=VALUE", help="Override a recipe key: plan.keep=all.")]
 DataOpt = Annotated[
     Optional[str],  # noqa: UP045
@@ -63,6 +64,13 @@ def load(source: str | None, overrides: list[str], config: Any = None) -> Any:
     return recipe
 
 
+def suite_of(source: str | None, part: Literal["evaluate", "gates"]) -> list[dict[str, Any]]:
+    """The probes or gates of a suite, none for no suite. Raises ConfigError when it cannot be used."""
+    from hybridize.recipe import load_suite
+
+    return [] if source is None else list(getattr(load_suite(source), part))
+
+
 def read_scores(path: Path | None) -> Any:
     """The layer scores of a file, None for none. Raises CheckpointError when they cannot be used."""
     from hybridize.core import Scores
@@ -93,9 +101,15 @@ def show_plan(plan: Any) -> None:
 
 
 def show_verdict(verdict: Any) -> None:
-    """Print each gate with its value and limit, then PASS or FAIL."""
+    """Print the gates with their values and limits, why one failed or has no value, then PASS or FAIL."""
+    rows = [["gate", "value", "limit", ""]]
     for result in verdict.gates:
-        screen.say(f"{'pass' if result.passed else 'FAIL'}  {result.name}: {result.detail}")
+        numbers = ["" if number is None else f"{number:.6g}" for number in (result.value, result.limit)]
+        rows.append([result.name, *numbers, "pass" if result.passed else "FAIL"])
+    screen.table(rows)
+    for result in verdict.gates:
+        if not result.passed or result.value is None:
+            screen.say(f"{'pass' if result.passed else 'FAIL'}  {result.name}: {result.detail}")
     screen.say("PASS" if verdict.passed else "FAIL")
 
 

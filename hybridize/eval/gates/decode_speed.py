@@ -44,7 +44,9 @@ class DecodeSpeed:
         reach = student_quantile(self.confidence, rounds - 1) * found.stderr
         low, high = found.value - reach, found.value + reach
         passed = low >= self.min
-        spread = f"at least {low:.6g}" if passed else f"at most {high:.6g}" if high < self.min else f"between {low:.6g} and {high:.6g}"
+        spread = (
+            f"at least {low:.6g}" if passed else f"at most {high:.6g}" if high < self.min else f"between {low:.6g} and {high:.6g}"
+        )
         doubt = "" if passed or high < self.min else ": too few rounds to decide"
         detail = f"{name} is {found.value:.6g}, {spread} ({rounds} rounds){doubt}; the limit is {self.min:g}."
         return GateResult(name=title, passed=passed, value=low, limit=self.min, detail=detail)

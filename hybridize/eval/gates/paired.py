@@ -52,7 +52,7 @@ def paired(gate: str, name: str, report: Report, baseline: Report) -> tuple[np.n
 
 
 def ratio_bounds(ours: np.ndarray, theirs: np.ndarray, chance: float, confidence: float) -> tuple[float, float] | None:
-    """Lower and upper bound, one-sided each, of (mean(ours) - chance) / (mean(theirs) - chance).
+    """Lower and upper bound, one-sided each, of mean(ours) / mean(theirs), both less chance.
 
     Fieller's interval for a ratio of means (J. R. Statist. Soc. B 16, 1954), with two items added that stand for what was
     not seen: one only the first gets right, one only the second (Bonett and Price, J. Educ. Behav. Stat. 37, 2012, for the
@@ -60,18 +60,17 @@ def ratio_bounds(ours: np.ndarray, theirs: np.ndarray, chance: float, confidence
     number of items.
 
     Args:
-        ours: scores, [items], fp64.
+        ours: scores less chance, [items], fp64.
         theirs: of the same items in the same order.
-        chance: what guessing gives.
+        chance: what was taken off, so that scores run from -chance to 1 - chance where the items show no others.
         confidence: of each bound.
 
     Returns:
         None where `theirs` is not above chance at this confidence: then no ratio is too large or too small.
     """
-    low = min(0.0, ours.min(), theirs.min())
-    high = max(1.0, ours.max(), theirs.max())
-    a = np.append(ours, [high, low]) - chance
-    b = np.append(theirs, [low, high]) - chance
+    low = min(-chance, ours.min(), theirs.min())
+    high = max(1 - chance, ours.max(), theirs.max())
+    a, b = np.append(ours, [high, low]), np.append(theirs, [low, high])
     z = NormalDist().inv_cdf(confidence)
     (aa, ab), (_, bb) = np.cov(a, b) * z * z / len(a)
     mean_a, mean_b = a.mean(), b.mean()
@@ -112,12 +111,13 @@ def student_quantile(confidence: float, freedom: int) -> float:
 
 
 def judge_ratio(name: str, ours: np.ndarray, theirs: np.ndarray, chance: float, least: float, confidence: float) -> Judged:
-    """Whether at least `least` of what the baseline has above chance was kept, as `ratio_bounds` tells it.
+    """Whether at least `least` of what the baseline has above chance was kept, as `ratio_bounds` tells it of the same scores.
 
     It says nothing where the baseline has so little above chance that the baseline itself would not be told to keep it.
     """
     count = len(ours)
-    perfect = ratio_bounds(np.ones(count), np.ones(count), chance, confidence) if count >= FEWEST_ITEMS else None
+    right = np.full(count, 1 - chance)
+    perfect = ratio_bounds(right, right, chance, confidence) if count >= FEWEST_ITEMS else None
     if perfect is None or perfect[0] < least < 1:
         # What two that are right on every item are shown to keep is 1 - z sqrt(2) / (items (1 - chance)), nearly.
         reach = NormalDist().inv_cdf(confidence) * math.sqrt(2) / (1 - chance)
@@ -126,17 +126,16 @@ def judge_ratio(name: str, ours: np.ndarray, theirs: np.ndarray, chance: float, 
         return Judged(state="undecided", bound=None, detail=detail)
     bounds, own = ratio_bounds(ours, theirs, chance, confidence), ratio_bounds(theirs, theirs, chance, confidence)
     if bounds is None or own is None:
-        at = f"{theirs.mean():.6g}, chance {chance:g}"
-        detail = f"{name} of the baseline is not above chance ({at}), so there is nothing to recover"
+        detail = f"{name} of the baseline is not above chance ({theirs.mean():.6g} from it), so there is nothing to recover"
         return Judged(state="says nothing", bound=None, detail=detail)
     if own[0] < least < 1:
         detail = (
-            f"{name} of the baseline is too near chance ({theirs.mean():.6g}, chance {chance:g}) for {count} items to tell: "
-            f"the baseline itself would be shown to keep {own[0]:.6g}"
+            f"{name} of the baseline is so little above chance ({theirs.mean():.6g}) that of {count} items "
+            f"the baseline itself would be shown to recover {own[0]:.6g}"
         )
         return Judged(state="says nothing", bound=None, detail=detail)
     low, high = bounds
-    value = (ours.mean() - chance) / (theirs.mean() - chance)
+    value = ours.mean() / theirs.mean()
     kept = f"{name} recovers {value:.6g} of the baseline"
     if low >= least:
         return Judged(state="held", bound=low, detail=f"{kept}, at least {low:.6g} ({count} items)")

@@ -3,6 +3,8 @@
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
+import numpy as np
+
 from hybridize.core import GateResult, Report
 from hybridize.errors import ConfigError
 from hybridize.eval.gates.paired import judge_ratio, paired
@@ -29,6 +31,8 @@ class Recovery:
     """One-sided."""
     chance: float | dict[str, float] = 0.0
     """What guessing gives: for all, or by the names used in `tasks` and `metrics` (0 for those not there)."""
+    together: bool = False
+    """All items as one set, each less its own chance: where each metric alone has too few."""
     at_chance: Literal["fail", "pass"] = "fail"
     """What becomes of a metric that the baseline is so near chance in that the items can say nothing of it."""
 
@@ -50,18 +54,24 @@ class Recovery:
         Raises:
             ConfigError: a metric is missing, better when low, without per-item scores, or of other items.
         """
-        found = []
+        sets = []
         for asked in [*self.tasks, *self.metrics]:
             chance = self.chance.get(asked, 0.0) if isinstance(self.chance, dict) else self.chance
             for name in self._resolve(asked, report, baseline):
                 ours, theirs = paired("recovery", name, report, baseline)
-                found.append(judge_ratio(name, ours, theirs, chance, self.min, self.confidence))
+                sets.append((name, ours - chance, theirs - chance, chance))
+        if self.together:
+            names, ours, theirs, chances = zip(*sets, strict=True)
+            sets = [(", ".join(names), np.concatenate(ours), np.concatenate(theirs), max(chances))]
+        found = [judge_ratio(*one, self.min, self.confidence) for one in sets]
         if self.at_chance == "pass":
             counted = [judged for judged in found if judged.state != "says nothing"]
         else:
             counted = found
         bounds = [judged.bound for judged in counted if judged.bound is not None]
-        detail = f"{'; '.join(judged.detail for judged in found)}; the limit is {self.min:g} at the lower {self.confidence:.0%} bound."
+        detail = (
+            f"{'; '.join(judged.detail for judged in found)}; the limit is {self.min:g} at the lower {self.confidence:.0%} bound."
+        )
         return GateResult(
             name=f"recovery {','.join([*self.tasks, *self.metrics])}",
             passed=all(judged.state == "held" for judged in counted),
