@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from hybridize.core import Metric
 from hybridize.data import eval_blocks
 from hybridize.errors import CheckpointError, ConfigError
-from hybridize.eval.context import EvalContext, ProbeResult, item_hash, mean_metric
+from hybridize.eval.context import EvalContext, ProbeResult, item_hash, mean_metric, merged
 from hybridize.eval.scoring import batches, token_nll
 
 
@@ -45,11 +45,7 @@ class Perplexity:
         results = [self._at(context, length, f"@{length}") for length in self.contexts or []]
         if self.contexts is None:
             results = [self._at(context, default, "")]
-        return ProbeResult(
-            metrics={name: metric for result in results for name, metric in result.metrics.items()},
-            samples={name: values for result in results for name, values in result.samples.items()},
-            item_hashes={name: text for result in results for name, text in result.item_hashes.items()},
-        )
+        return merged(results)
 
     def _at(self, context: EvalContext, length: int, suffix: str) -> ProbeResult:
         context.need_context("perplexity", length)
