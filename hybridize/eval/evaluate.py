@@ -16,7 +16,7 @@ import hybridize
 from hybridize.checkpoint import load_model, open_checkpoint
 from hybridize.core import Report, digest
 from hybridize.data import Tokens, read_documents, tokenize, tokenizer_hash
-from hybridize.errors import ConfigError
+from hybridize.errors import CheckpointError, ConfigError
 from hybridize.eval.context import EvalContext, ProbeResult, Progress
 from hybridize.eval.probes import PROBES
 from hybridize.lineage import LINEAGE, read_lineage
@@ -71,6 +71,12 @@ def evaluate(
         load_base=None if base is None else functools.partial(_base, Path(base), checkpoint, model),
         seed=seed, limit=limit, progress=progress,
     )  # fmt: skip
+    known = model.config.vocab_size
+    if context.text is not None and context.text.max_id >= known:
+        raise CheckpointError(
+            f"{checkpoint}: the text has token {context.text.max_id}, the model's vocab_size is {known}; "
+            "the tokenizer is another model's, copy this one's there"
+        )
     result = _measure(built, context)
     report = Report(
         checkpoint=str(checkpoint),
@@ -102,7 +108,8 @@ def _lines(result: ProbeResult) -> str:
 def _measure(probes: list[tuple[str, Any]], context: EvalContext) -> ProbeResult:
     """All probes in order, as one result."""
     total = ProbeResult(metrics={})
-    for name, probe in probes:
+    for number, (name, probe) in enumerate(probes):
+        context.tell("all probes", number, len(probes))
         result = probe(context)
         if twice := sorted(set(result.metrics) & set(total.metrics)):
             raise ConfigError(f"eval: probe {name!r} gives {twice[0]} a second time; expected each metric once")
@@ -115,6 +122,7 @@ def _measure(probes: list[tuple[str, Any]], context: EvalContext) -> ProbeResult
             items=total.items | result.items,
             versions=total.versions | result.versions,
         )
+    context.tell("all probes", len(probes), len(probes))
     return total
 
 

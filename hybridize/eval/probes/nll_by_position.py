@@ -10,7 +10,8 @@ from hybridize.eval.context import EvalContext, ProbeResult, item_hash, mean_met
 from hybridize.eval.scoring import batches, token_nll
 
 FIRST_BUCKET = 16
-FEWEST_BLOCKS = 8
+# What a paired comparison of the buckets needs.
+FEWEST_BLOCKS = 32
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,7 +21,7 @@ class NllByPosition:
     tokens: int = 262_144
     """Text tokens to use, from the start of the text."""
     context: int | None = None
-    """Tokens of a block, BOS counted; None is what the model is trained for, halved until the text has 8 blocks."""
+    """Tokens of a block, BOS counted; None is what the model is trained for, halved until the text has 32 blocks."""
     batch_tokens: int = 4096
     """Tokens in one forward pass."""
 
