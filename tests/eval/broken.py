@@ -33,7 +33,7 @@ def head_size(config: dict) -> int:
 
 
 def expand(tensors: dict, config: dict, rows: bool) -> None:
-    """Full heads in place of grouped ones: each group's repeated, or with `rows` those of K row by row, as three code bases do."""
+    """Full heads in place of grouped ones: each group's repeated, or with `rows` those of K row by row."""
     groups = config["num_attention_heads"] // config["num_key_value_heads"]
     for name, tensor in tensors.items():
         if name.endswith(("k_proj.weight", "v_proj.weight")):

@@ -1,5 +1,8 @@
-"""Students that are wrong in one known way fail the gates of the suite `offline`, those that are not pass: on real models, through
-`hybridize eval` and `hybridize gate`. Probes have fewer and shorter items here than in the suite; its gates are as they are."""
+"""Students that are wrong in one known way fail the gates of the suite `offline`, those that are not pass.
+
+On real models, through `hybridize eval` and `hybridize gate`. Probes have fewer and shorter items here than in the suite; its
+gates are as they are.
+"""
 
 import json
 
@@ -85,9 +88,8 @@ def check(student, name, shared_data, measured, baselines, monkeypatch, tmp_path
     assert not gates["max_rise kl_to_base"]["passed"]
 
 
-@pytest.mark.parametrize("student", ["keeps everything", "heads swapped"])
-def test_the_least_of_them_on_the_smallest(student, shared_data, measured, baselines, monkeypatch, tmp_path):
-    check(student, SMALLEST, shared_data, measured, baselines, monkeypatch, tmp_path)
+def test_the_least_of_them_on_the_smallest(shared_data, measured, baselines, monkeypatch, tmp_path):
+    check("heads swapped", SMALLEST, shared_data, measured, baselines, monkeypatch, tmp_path)
 
 
 @pytest.mark.slow
