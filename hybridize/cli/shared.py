@@ -101,15 +101,14 @@ def show_plan(plan: Any) -> None:
 
 
 def show_verdict(verdict: Any) -> None:
-    """Print the gates with their values and limits, why one failed or has no value, then PASS or FAIL."""
+    """Print the gates with their values and limits, what each found, then PASS or FAIL."""
     rows = [["gate", "value", "limit", ""]]
     for result in verdict.gates:
         numbers = ["" if number is None else f"{number:.6g}" for number in (result.value, result.limit)]
         rows.append([result.name, *numbers, "pass" if result.passed else "FAIL"])
     screen.table(rows)
     for result in verdict.gates:
-        if not result.passed or result.value is None:
-            screen.say(f"{'pass' if result.passed else 'FAIL'}  {result.name}: {result.detail}")
+        screen.say(f"{'pass' if result.passed else 'FAIL'}  {result.name}: {result.detail}")
     screen.say("PASS" if verdict.passed else "FAIL")
 
 

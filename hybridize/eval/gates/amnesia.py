@@ -8,7 +8,7 @@ import numpy as np
 
 from hybridize.core import GateResult, Report
 from hybridize.errors import ConfigError
-from hybridize.eval.gates.paired import judge_ratio, judge_rise, paired
+from hybridize.eval.gates.paired import judge_ratio, judge_rise, paired, summary
 from hybridize.eval.lookup import family
 
 RECALL = (
@@ -62,9 +62,9 @@ class Amnesia:
             )
         counted = [one for one in judged if one.state != "says nothing"]
         bad = [one for one in counted if one.state != "held"]
-        shown = bad or counted or judged
+        said = [summary(ratios, min), summary(rises, max)]
         detail = (
-            f"{len(counted)} of {len(judged)} metrics say something; {'; '.join(one.detail for one in shown)}; "
+            f"{'; '.join(part for part in said if part)}; "
             f"the limits are {self.min:g} of what was there and {self.max_nats:g} nats at the {self.confidence:.0%} bounds."
         )
         worst = min((one.bound for one in ratios if one.bound is not None), default=None)

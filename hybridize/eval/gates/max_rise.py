@@ -5,7 +5,7 @@ from typing import ClassVar
 
 from hybridize.core import GateResult, Report
 from hybridize.errors import ConfigError
-from hybridize.eval.gates.paired import judge_rise, paired
+from hybridize.eval.gates.paired import judge_rise, paired, summary
 from hybridize.eval.lookup import resolve_all
 
 
@@ -48,6 +48,5 @@ class MaxRise:
             passed=all(judged.state == "held" for judged in found),
             value=max(bounds) if len(bounds) == len(found) else None,
             limit=self.max,
-            detail=f"{'; '.join(judged.detail for judged in found)}; "
-            f"the limit is {self.max:g} at the upper {self.confidence:.0%} bound.",
+            detail=f"{summary(found, max)}; the limit is {self.max:g} at the upper {self.confidence:.0%} bound.",
         )

@@ -4,6 +4,7 @@ Both bounds are closed forms, so that a verdict does not depend on a seed. What 
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from statistics import NormalDist
 from typing import Literal
@@ -25,6 +26,7 @@ class OtherItemsError(ConfigError):
 class Judged:
     """What the items say of one metric."""
 
+    name: str
     state: Literal["held", "lost", "undecided", "says nothing"]
     bound: float | None
     """The end of the interval that the limit is held against; None where there is no interval."""
@@ -123,26 +125,26 @@ def judge_ratio(name: str, ours: np.ndarray, theirs: np.ndarray, chance: float, 
         reach = NormalDist().inv_cdf(confidence) * math.sqrt(2) / (1 - chance)
         needed = max(FEWEST_ITEMS, math.ceil(reach / (1 - least)) if least < 1 else 0)
         detail = f"{name} has {count} items, too few to decide (at least {needed} are needed)"
-        return Judged(state="undecided", bound=None, detail=detail)
+        return Judged(name=name, state="undecided", bound=None, detail=detail)
     bounds, own = ratio_bounds(ours, theirs, chance, confidence), ratio_bounds(theirs, theirs, chance, confidence)
     if bounds is None or own is None:
         detail = f"{name} of the baseline is not above chance ({theirs.mean():.6g} from it), so there is nothing to recover"
-        return Judged(state="says nothing", bound=None, detail=detail)
+        return Judged(name=name, state="says nothing", bound=None, detail=detail)
     if own[0] < least < 1:
         detail = (
             f"{name} of the baseline is so little above chance ({theirs.mean():.6g}) that of {count} items "
             f"the baseline itself would be shown to recover {own[0]:.6g}"
         )
-        return Judged(state="says nothing", bound=None, detail=detail)
+        return Judged(name=name, state="says nothing", bound=None, detail=detail)
     low, high = bounds
     value = ours.mean() / theirs.mean()
     kept = f"{name} recovers {value:.6g} of the baseline"
     if low >= least:
-        return Judged(state="held", bound=low, detail=f"{kept}, at least {low:.6g} ({count} items)")
+        return Judged(name=name, state="held", bound=low, detail=f"{kept}, at least {low:.6g} ({count} items)")
     if high < least:
-        return Judged(state="lost", bound=low, detail=f"{kept}, at most {high:.6g} ({count} items)")
+        return Judged(name=name, state="lost", bound=low, detail=f"{kept}, at most {high:.6g} ({count} items)")
     doubt = _too_few(count, (high - low) / 2, 1 - least)
-    return Judged(state="undecided", bound=low, detail=f"{kept}, between {low:.6g} and {high:.6g}: {doubt}")
+    return Judged(name=name, state="undecided", bound=low, detail=f"{kept}, between {low:.6g} and {high:.6g}: {doubt}")
 
 
 def judge_rise(name: str, ours: np.ndarray, theirs: np.ndarray, most: float, confidence: float) -> Judged:
@@ -150,16 +152,36 @@ def judge_rise(name: str, ours: np.ndarray, theirs: np.ndarray, most: float, con
     count = len(ours)
     if count < FEWEST_ITEMS:
         detail = f"{name} has {count} items, too few to decide (at least {FEWEST_ITEMS} are needed)"
-        return Judged(state="undecided", bound=None, detail=detail)
+        return Judged(name=name, state="undecided", bound=None, detail=detail)
     change = ours - theirs
     low, high = mean_bounds(change, confidence)
     rose = f"{name} rises by {change.mean():.6g}"
     if high <= most:
-        return Judged(state="held", bound=high, detail=f"{rose}, at most {high:.6g} ({count} items)")
+        return Judged(name=name, state="held", bound=high, detail=f"{rose}, at most {high:.6g} ({count} items)")
     if low > most:
-        return Judged(state="lost", bound=high, detail=f"{rose}, at least {low:.6g} ({count} items)")
+        return Judged(name=name, state="lost", bound=high, detail=f"{rose}, at least {low:.6g} ({count} items)")
     doubt = _too_few(count, (high - low) / 2, most)
-    return Judged(state="undecided", bound=high, detail=f"{rose}, between {low:.6g} and {high:.6g}: {doubt}")
+    return Judged(name=name, state="undecided", bound=high, detail=f"{rose}, between {low:.6g} and {high:.6g}: {doubt}")
+
+
+def summary(judged: list[Judged], closest: Callable[[list[float]], float]) -> str:
+    """The details that matter: of all that do not hold, and of the one that holds by the least.
+
+    Args:
+        judged: metrics held against one limit.
+        closest: min or max, which of their bounds is the nearest to the limit.
+    """
+    parts = [one.detail for one in judged if one.state in ("lost", "undecided")]
+    if held := [one for one in judged if one.state == "held"]:
+        bound = closest([one.bound for one in held if one.bound is not None])
+        more = f", {len(held) - 1} more are no nearer to the limit" if len(held) > 1 else ""
+        parts.append(next(one.detail for one in held if one.bound == bound) + more)
+    silent = [one for one in judged if one.state == "says nothing"]
+    if len(silent) > 2:
+        parts.append(f"{', '.join(one.name for one in silent)} say nothing, since the baseline is near chance or below in them")
+    else:
+        parts += [f"{one.detail}: this says nothing" for one in silent]
+    return "; ".join(parts)
 
 
 def _too_few(count: int, reach: float, room: float) -> str:

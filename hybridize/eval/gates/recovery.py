@@ -7,7 +7,7 @@ import numpy as np
 
 from hybridize.core import GateResult, Report
 from hybridize.errors import ConfigError
-from hybridize.eval.gates.paired import judge_ratio, paired
+from hybridize.eval.gates.paired import judge_ratio, paired, summary
 from hybridize.eval.lookup import resolve_all
 
 # A task stands for one of these, the first it has.
@@ -69,9 +69,7 @@ class Recovery:
         else:
             counted = found
         bounds = [judged.bound for judged in counted if judged.bound is not None]
-        detail = (
-            f"{'; '.join(judged.detail for judged in found)}; the limit is {self.min:g} at the lower {self.confidence:.0%} bound."
-        )
+        detail = f"{summary(found, min)}; the limit is {self.min:g} at the lower {self.confidence:.0%} bound."
         return GateResult(
             name=f"recovery {','.join([*self.tasks, *self.metrics])}",
             passed=all(judged.state == "held" for judged in counted),
