@@ -103,7 +103,7 @@ class Procedure:
         rights, items = [], []
         for path, prompt, tokens in zip(paths, prompts, given, strict=True):
             # Prompt and output in one piece, as a space may be in the last token of the one or in the first of the other.
-            text = decode(tokenizer, path.ids[: path.first] + tokens.tolist()).lstrip(" ")
+            text = decode(tokenizer, path.ids[: path.first] + tokens[: len(path.ids) - path.first].tolist()).lstrip(" ")
             written = rows_of(template, text[len(path.head.lstrip(" ")) :], len(path.rows))
             rights.append(share_of_rows(written, path.rows))
             shown = decode(tokenizer, prompt.ids[max(0, room - SHOWN) : room])[-SHOWN:]
