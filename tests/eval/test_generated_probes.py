@@ -97,7 +97,7 @@ def test_a_procedure_is_its_path(tokenizer):
 
 @pytest.mark.parametrize("template", TEMPLATES)
 def test_procedure_of_models_that_know_and_that_slip(template, tokenizer):
-    probe = Procedure(lengths_tokens=[192], samples=2, most_rows=4, template=template)
+    probe = Procedure(lengths_tokens=[176], samples=2, most_rows=3, template=template)
     heard = []
     original = Parrot.known
     Parrot.known = lambda self, seen: heard.append(seen) or original(self, seen)
@@ -109,12 +109,12 @@ def test_procedure_of_models_that_know_and_that_slip(template, tokenizer):
     whole = sorted({tuple(row) for row in heard if len(row) == max(map(len, heard))})
     rows = [list(row) for row in whole if row[0] == 1]
     found = probe(context_of(Parrot(rows), tokenizer))
-    assert found.metrics["procedure@192"].value == 1
-    item = found.items["procedure@192"][0]
+    assert found.metrics["procedure@176"].value == 1
+    item = found.items["procedure@176"][0]
     assert item.given == item.expected
-    slipped = [[*row[:-12], 5, *row[-11:]] for row in rows]
-    assert 0 < probe(context_of(Parrot(slipped), tokenizer)).metrics["procedure@192"].value < 1
-    assert probe(context_of(CopyingModel(), tokenizer)).metrics["procedure@192"].value < 1
+    slipped = [[*row[:-9], 5, *row[-8:]] for row in rows]
+    assert 0 < probe(context_of(Parrot(slipped), tokenizer)).metrics["procedure@176"].value < 1
+    assert probe(context_of(CopyingModel(), tokenizer)).metrics["procedure@176"].value < 1
 
 
 def test_rows_are_judged_in_their_places():
@@ -141,7 +141,7 @@ def test_generate_is_greedy_whatever_the_checkpoint_asks_for(hybrid, tokenizer):
 
 
 def test_greedy_agreement_is_the_share_before_the_first_difference(base, hybrid, model, tokenizer):
-    probe = GreedyAgreement(new_tokens=[4, 8], prompt_tokens=16, samples=6)
+    probe = GreedyAgreement(new_tokens=[4, 8], prompt_tokens=16, samples=4)
     same = probe(context_of(model, tokenizer, load_base=lambda: load_model(base, torch.float32)))
     assert {metric.value for metric in same.metrics.values()} == {1.0}
     other = copy.deepcopy(model)
@@ -149,16 +149,12 @@ def test_greedy_agreement_is_the_share_before_the_first_difference(base, hybrid,
         other.lm_head.weight[::3] *= 1.2
     found = probe(context_of(other, tokenizer, load_base=lambda: model))
     assert found.item_hashes == same.item_hashes
-    ids = torch.tensor(
-        [tokenizer(item.prompt, add_special_tokens=False).input_ids[-8:] for item in found.items["greedy_agreement@8"]]
-    )
-    assert ids.shape == (6, 8)
     assert 0 < found.metrics["greedy_agreement@8"].value < 1
-    small = GreedyAgreement(new_tokens=[4, 8], prompt_tokens=16, samples=6, batch_tokens=1)
+    small = GreedyAgreement(new_tokens=[4, 8], prompt_tokens=16, samples=4, batch_tokens=1)
     assert small(context_of(other, tokenizer, load_base=lambda: model)).samples == found.samples
     text = context_of(model, tokenizer).text.ids
     for row, share in enumerate(found.samples["greedy_agreement@8"]):
-        start = torch.linspace(0, len(text) // 15 - 1, 6).long()[row].item() * 15
+        start = torch.linspace(0, len(text) // 15 - 1, 4).long()[row].item() * 15
         prompt = torch.tensor([[1, *text[start : start + 15].tolist()]])
         ours, theirs = (slow_greedy(one, prompt, 8)[0].tolist() for one in (other, model))
         agreed = next((at for at in range(8) if ours[at] != theirs[at]), 8)

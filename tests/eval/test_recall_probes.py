@@ -1,11 +1,13 @@
 """Prompts read as a person would read them, and scored by models that know, half know, and do not know the answers."""
 
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+import hybridize
 from hybridize.checkpoint import load_model
 from hybridize.errors import ConfigError
 from hybridize.eval import PROBES
@@ -15,7 +17,7 @@ from hybridize.eval.probes.induction import Induction
 from hybridize.eval.probes.needle import KINDS, Needle
 from hybridize.eval.probes.passkey import FILLER, Passkey
 from hybridize.eval.probes.recall import Recall
-from hybridize.eval.prompts import TEMPLATES, spelled
+from hybridize.eval.prompts import TEMPLATES, ask, spelled
 from hybridize.eval.scoring import scores_at
 from hybridize.pipeline import load_tokenizer
 from tests.eval.toys import CopyingModel, Parrot, context_of, toy_text
@@ -87,23 +89,23 @@ def test_the_needle_asked_for_stands_at_its_depth(kind, model, tokenizer):
 
 
 def test_needles_of_models_that_know_and_that_do_not(model, tokenizer, monkeypatch):
-    probe = Needle(kinds=list(KINDS), lengths_tokens=[192], samples=1, depths=[0.2, 0.8], template=TEMPLATES[0])
+    probe = Needle(kinds=list(KINDS), lengths_tokens=[160], samples=1, depths=[0.5], template=TEMPLATES[0])
     context = context_of(CopyingModel(), tokenizer)
     found = {name: metric.value for name, metric in probe(context).metrics.items() if "nll" not in name}
-    assert set(found) == {f"{metric}@192" for _, metric, _ in KINDS.values()}
+    assert set(found) == {f"{metric}@160" for _, metric, _ in KINDS.values()}
     # One that copies what stood behind the same line finds all keys, the last of one key's values, and lists no names.
-    assert [found[f"{name}@192"] for name in ("needle", "needle_multikey", "needle_multiquery", "threading")] == [1, 1, 1, 1]
-    assert found["needle_multivalue@192"] < 0.6
-    assert found["tracking@192"] < 0.6
+    assert [found[f"{name}@160"] for name in ("needle", "needle_multikey", "needle_multiquery", "threading")] == [1, 1, 1, 1]
+    assert found["needle_multivalue@160"] < 0.6
+    assert found["tracking@160"] < 0.6
     # By heart, all of it.
-    rows = [probe.prompt(context, kind, 192, place, 0).ids for kind in KINDS for place in range(2)]
+    rows = [probe.prompt(context, kind, 160, 0, 0).ids for kind in KINDS]
     knows = probe(context_of(Parrot(rows), tokenizer))
     assert {metric.value for name, metric in knows.metrics.items() if "nll" not in name} == {1.0}
     ignorant = probe(context_of(model, tokenizer)).metrics
     assert max(metric.value for name, metric in ignorant.items() if "nll" not in name) < 0.2
     # Without needles there is nothing to copy.
-    monkeypatch.setattr("hybridize.eval.probes.needle.hide", lambda hay, needles, _: (hay * 9)[: len(hay + sum(needles, []))])
-    assert probe(context_of(CopyingModel(), tokenizer)).metrics["needle@192"].value == 0
+    monkeypatch.setattr("hybridize.eval.probes.needle.hide", lambda hay, needles, _: (hay * 99)[: len(hay + sum(needles, []))])
+    assert probe(context_of(CopyingModel(), tokenizer)).metrics["needle@160"].value == 0
 
 
 def test_a_thread_counts_as_a_whole(tokenizer):
@@ -163,6 +165,34 @@ def test_induction_draws_anew_for_each_prompt_and_copies_text(model, tokenizer):
     text = toy_text(tokenizer).ids.tolist()
     passage = Copying().prompt(context, 101, 0).ids[1:51]
     assert any(text[start : start + 50] == passage for start in range(len(text)))
+
+
+def test_the_bundled_model_copies_and_recalls(monkeypatch):
+    """A real model is far above chance, and at chance where the answers are to other questions."""
+    folder = Path(hybridize.__file__).parent / "demo" / "model"
+    context = context_of(load_model(folder, torch.float32), load_tokenizer(folder))
+
+    def measured():
+        results = (Induction(lengths_tokens=[128], samples=4)(context), Recall(pairs=[4], samples=8)(context))
+        return {name: metric.value for result in results for name, metric in result.metrics.items()}
+
+    found = measured()
+    assert found["induction@128"] > 0.2
+    assert found["recall@4"] > 0.8
+    assert found["recall_nll@4"] < 1
+    own = Induction.prompt
+    monkeypatch.setattr(Induction, "prompt", lambda *a: Prompt(own(*a).ids[:64] + own(*a).ids[:63:-1], own(*a).answers))
+    monkeypatch.setattr("hybridize.eval.probes.recall.ask", lambda template, facts: ask(template, rotated(facts)))
+    wrong = measured()
+    assert wrong["induction@128"] < 0.05
+    assert wrong["recall@4"] < 0.2
+    assert wrong["recall_nll@4"] > 2 * found["recall_nll@4"]
+
+
+def rotated(facts):
+    """Each key with the value of the next."""
+    values = [value for _, value in facts]
+    return [(key, value) for (key, _), value in zip(facts, values[1:] + values[:1], strict=True)]
 
 
 def test_scores_at_are_those_of_the_whole_logits(model, tokenizer):
