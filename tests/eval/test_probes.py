@@ -195,6 +195,10 @@ def test_evaluate_writes_what_it_returns(base, tmp_path):
     )  # fmt: skip
     assert json.loads((tmp_path / "report.json").read_text()) == report.to_dict()
     assert report.metrics["perplexity"].samples == 4
+    lines = [json.loads(line) for line in (tmp_path / "report.items.jsonl").read_text().splitlines()]
+    assert [line["metric"] for line in lines] == ["perplexity"] * 4 + ["kl_to_base"] * 4 + ["top1_agreement"] * 4
+    assert all("The fox saw" in line["prompt"] for line in lines[:4])
+    assert all(line["expected"] == line["given"] for line in lines)
     assert report.metrics["kl_to_base"].value == 0
     assert {"torch", "dtype", "device"} <= set(report.versions)
     assert seen[-1] == ("kl_to_base", 4, 4)
