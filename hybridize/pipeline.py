@@ -332,7 +332,7 @@ def recall_of(folder: Path, seed: int) -> Callable[[Any, list[int]], dict[str, f
             except ConfigError as error:
                 log.info("recall with %d pairs is not watched: %s", count, error)
                 continue
-            found |= {name: metric.value for name, metric in result.metrics.items()}
+            found |= {name: metric.value for name, metric in result.metrics.items() if name == f"recall@{count}"}
         return found
 
     return measure

@@ -43,25 +43,33 @@ def check_lengths(lengths_tokens: list[int] | None, samples: int) -> None:
 def at_lengths(context: EvalContext, probe: str, asked: list[int] | None, measure: Callable[[int], ProbeResult]) -> ProbeResult:
     """What `measure` finds at each length asked for, in tokens of a whole prompt.
 
-    None is a quarter, a half and the whole of what the model is trained for, less those that the prompt or the text is too
-    short or too long for, with a line in the log.
+    None is a quarter, a half and the whole of what the model is trained for, as `with_room` says.
 
     Raises:
         ConfigError: a length asked for is beyond the model's context or has no room for the prompt; or none has.
         DataError: the text is shorter than a prompt.
     """
-    if asked is not None:
-        for length in asked:
-            context.need_context(probe, length)
-        return merged([measure(length) for length in asked])
+    if asked is None:
+        whole = context.trained_tokens
+        return with_room(probe, [whole // 4, whole // 2, whole], measure)
+    for length in asked:
+        context.need_context(probe, length)
+    return merged([measure(length) for length in asked])
+
+
+def with_room(probe: str, sizes: list[int], measure: Callable[[int], ProbeResult]) -> ProbeResult:
+    """What `measure` finds at each size, less those that the model or the text has no room for, with a line in the log.
+
+    Raises:
+        ConfigError, DataError: as of the last size, where none is left.
+    """
     found = []
-    whole = context.trained_tokens
-    for length in (whole // 4, whole // 2, whole):
+    for size in sizes:
         try:
-            found.append(measure(length))
+            found.append(measure(size))
         except (NoRoom, DataError) as error:
-            log.info("probe %r is not measured at %d tokens: %s", probe, length, error)
-            if length == whole and not found:
+            log.info("probe %r is left out at %d: %s", probe, size, error)
+            if size == sizes[-1] and not found:
                 raise
     return merged(found)
 

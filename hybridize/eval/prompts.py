@@ -1,7 +1,7 @@
 """Prompts made offline: facts "key = value" to be found again, in the tokens a model would read them in."""
 
 import re
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -24,6 +24,8 @@ WORDS = tuple(
     street sugar sun table tail tea tent tiger town toy train tree truck
     """.split()
 )
+# What keys are given: numbers of three or four digits, or words, for models that met no digits.
+Values = Literal["numbers", "words"]
 # A fact, where none is asked for: the first of these that the tokenizer can spell.
 TEMPLATES = ("{key} = {value}\n", "{key} is {value}; ")
 
@@ -74,11 +76,14 @@ def ask(template: str, facts: list[tuple[str, str]]) -> tuple[str, list[tuple[in
     return text[: spans[-1][1]], spans
 
 
-def draw_facts(generator: np.random.Generator, count: int) -> dict[str, str]:
-    """`count` different words, each with its own number of three or four digits."""
+def draw_facts(generator: np.random.Generator, count: int, values: Values = "numbers") -> dict[str, str]:
+    """`count` different words, each with its own number of three or four digits, or with a word of its own."""
+    if values == "words":
+        names = draw_words(generator, 2 * count)
+        return dict(zip(names[:count], names[count:], strict=True))
     keys = generator.choice(np.array(WORDS), size=count, replace=False)
-    values = generator.choice(np.arange(100, 10_000), size=count, replace=False)
-    return {str(key): str(value) for key, value in zip(keys, values, strict=True)}
+    numbers = generator.choice(np.arange(100, 10_000), size=count, replace=False)
+    return {str(key): str(number) for key, number in zip(keys, numbers, strict=True)}
 
 
 def draw_words(generator: np.random.Generator, count: int) -> list[str]:

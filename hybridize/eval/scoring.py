@@ -118,8 +118,8 @@ def cached_nll(model: Any, cache: Cache, ids: Tensor, first: int) -> Tensor:
 
 
 @torch.no_grad()
-def divergence(base: Any, model: Any, ids: Tensor) -> tuple[Tensor, Tensor]:
-    """KL(base || model) and whether both choose the same next token, at every token.
+def divergence(base: Any, model: Any, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """KL(base || model), and the next token that each of them would choose, at every token.
 
     Args:
         base: the reference, a causal LM of transformers.
@@ -127,15 +127,15 @@ def divergence(base: Any, model: Any, ids: Tensor) -> tuple[Tensor, Tensor]:
         ids: [B, T], int64.
 
     Returns:
-        (KL in nats, fp32, [B, T]; agreement, bool, [B, T]), on the CPU.
+        (KL in nats, fp32; the base's choices, int64; the model's), [B, T] each, on the CPU.
     """
     wanted = hidden_states(base, ids).flatten(0, 1)
     got = hidden_states(model, ids).flatten(0, 1)
     kl = torch.empty(len(wanted), dtype=torch.float32)
-    same = torch.empty(len(wanted), dtype=torch.bool)
+    choices = torch.empty(2, len(wanted), dtype=torch.int64)
     for (part, p), (_, q) in zip(logit_chunks(base, wanted), logit_chunks(model, got), strict=True):
         q = q.to(p.device)
-        same[part] = (p.argmax(-1) == q.argmax(-1)).cpu()
+        choices[:, part] = torch.stack([p.argmax(-1), q.argmax(-1)]).cpu()
         p, q = p.log_softmax(-1), q.log_softmax(-1)
         kl[part] = (p.exp() * (p - q)).sum(-1).cpu()
-    return kl.view(ids.shape), same.view(ids.shape)
+    return kl.view(ids.shape), choices[0].view(ids.shape), choices[1].view(ids.shape)

@@ -10,6 +10,7 @@ from hybridize.errors import ConfigError
 from hybridize.eval.answers import Judged, Prompt, at_lengths, bos_of, check_lengths, score
 from hybridize.eval.context import EvalContext, ProbeResult, merged
 from hybridize.eval.prompts import (
+    Values,
     ask,
     check_template,
     draw_facts,
@@ -41,33 +42,33 @@ class Hidden:
     """In front of the text: how such a question is answered."""
 
 
-def single(generator: np.random.Generator, needles: int, template: str) -> Hidden:
+def single(generator: np.random.Generator, needles: int, template: str, values: Values) -> Hidden:
     """One needle, asked for."""
-    facts = list(draw_facts(generator, 1).items())
+    facts = list(draw_facts(generator, 1, values).items())
     return Hidden(facts, *ask(template, facts), deep=0)
 
 
-def multikey(generator: np.random.Generator, needles: int, template: str) -> Hidden:
+def multikey(generator: np.random.Generator, needles: int, template: str, values: Values) -> Hidden:
     """One of several keys is asked for."""
-    facts = list(draw_facts(generator, needles).items())
+    facts = list(draw_facts(generator, needles, values).items())
     deep = int(generator.integers(needles))
     return Hidden(facts, *ask(template, [facts[deep]]), deep=deep)
 
 
-def multivalue(generator: np.random.Generator, needles: int, template: str) -> Hidden:
+def multivalue(generator: np.random.Generator, needles: int, template: str, values: Values) -> Hidden:
     """One key has several values; all are asked for, in the order in which they stand."""
-    drawn = draw_facts(generator, needles)
+    drawn = draw_facts(generator, needles, values)
     facts = [(next(iter(drawn)), value) for value in drawn.values()]
     return Hidden(facts, *ask(template, facts))
 
 
-def multiquery(generator: np.random.Generator, needles: int, template: str) -> Hidden:
+def multiquery(generator: np.random.Generator, needles: int, template: str, values: Values) -> Hidden:
     """All of several keys are asked for, in another order."""
-    facts = list(draw_facts(generator, needles).items())
+    facts = list(draw_facts(generator, needles, values).items())
     return Hidden(facts, *ask(template, [facts[place] for place in generator.permutation(needles)]))
 
 
-def threading(generator: np.random.Generator, needles: int, template: str) -> Hidden:
+def threading(generator: np.random.Generator, needles: int, template: str, values: Values) -> Hidden:
     """The value of a needle is the key of the next; the thread is followed link by link, past another thread."""
     words = draw_words(generator, 2 * (needles + 1))
     thread, other = _links(words[: needles + 1]), _links(words[needles + 1 :])
@@ -75,7 +76,7 @@ def threading(generator: np.random.Generator, needles: int, template: str) -> Hi
     return Hidden([facts[place] for place in generator.permutation(len(facts))], *ask(template, thread))
 
 
-def tracking(generator: np.random.Generator, needles: int, template: str) -> Hidden:
+def tracking(generator: np.random.Generator, needles: int, template: str, values: Values) -> Hidden:
     """The first name has a number, each further one has the name before it; all names of a number are asked for."""
     names = draw_words(generator, 2 * needles)
     numbers = [str(number) for number in generator.choice(np.arange(1000, 10_000), size=2, replace=False)]
@@ -98,7 +99,7 @@ def _assigned(names: list[str], number: str) -> Facts:
 
 
 # By kind: what it hides, its metric, and how a prompt is judged.
-KINDS: dict[str, tuple[Callable[[np.random.Generator, int, str], Hidden], str, Judged]] = {
+KINDS: dict[str, tuple[Callable[[np.random.Generator, int, str, Values], Hidden], str, Judged]] = {
     "single": (single, "needle", "each value"),
     "multikey": (multikey, "needle_multikey", "each value"),
     "multivalue": (multivalue, "needle_multivalue", "each value"),
@@ -126,6 +127,8 @@ class Needle:
     multikey; all others stand at random."""
     needles: int = 4
     """Facts, values, links or names, in all kinds but single."""
+    values: Values = "numbers"
+    """What keys are given: numbers of three or four digits, or words, for models that met no digits. Threads are of words."""
     samples: int = 8
     """Prompts for each length and depth."""
     template: str | None = None
@@ -175,7 +178,7 @@ class Needle:
         template, bos = spelled(self.template, tokenizer), bos_of(context)
         draw, name, _ = KINDS[kind]
         generator = np.random.default_rng([context.seed, length, place, index])
-        hidden = draw(generator, self.needles, template)
+        hidden = draw(generator, self.needles, template, self.values)
         gap = lead(template)
         needles = [encode(tokenizer, gap + template.format(key=key, value=value), [])[0] for key, value in hidden.needles]
         example = encode(tokenizer, hidden.example, [])[0] if hidden.example else []

@@ -1,5 +1,6 @@
 """A pass key hidden in filler text that says the same again and again."""
 
+import re
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -7,7 +8,7 @@ import numpy as np
 from hybridize.errors import ConfigError
 from hybridize.eval.answers import Prompt, at_lengths, bos_of, check_lengths, score
 from hybridize.eval.context import EvalContext, ProbeResult
-from hybridize.eval.prompts import NoRoom, encode, hide
+from hybridize.eval.prompts import NoRoom, encode
 
 FILLER = " The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
 FACT = " The pass key is {key}. Remember it. {key} is the pass key."
@@ -65,9 +66,15 @@ class Passkey:
         room = length - len(bos) - len(fact) - len(question)
         if room < 0:
             raise NoRoom(f"eval: passkey@{length} leaves no room for the prompt, expected a longer one")
-        hay = (filler * (room // len(filler) + 1))[:room]
-        # Between two rounds of the filler, never inside one.
-        cut = round(self.depths[place] * room / len(filler)) * len(filler)
-        ids = bos + hide(hay, [fact], [min(cut, room) / max(room, 1)]) + question
+        rounds = room // len(filler) + 1
+        borders = [turn * len(filler) + behind for turn in range(rounds) for behind in self._sentences(context, filler)]
+        cut = min(borders, key=lambda border: abs(border - self.depths[place] * room))
+        hay = (filler * rounds)[:room]
+        ids = [*bos, *hay[:cut], *fact, *hay[cut:], *question]
         before = length - len(question)
         return Prompt(ids, [(before + first, before + stop)])
+
+    def _sentences(self, context: EvalContext, filler: list[int]) -> list[int]:
+        """Tokens of the filler in front of each sentence, where the tokenizer has a border there."""
+        heads = [encode(context.tokenizer, FILLER[: match.start()], [])[0] for match in re.finditer(r" (?=[A-Z])", FILLER)]
+        return [len(head) for head in heads if filler[: len(head)] == head]

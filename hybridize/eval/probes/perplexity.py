@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from hybridize.core import Metric
 from hybridize.data import eval_blocks
 from hybridize.errors import CheckpointError, ConfigError
+from hybridize.eval.answers import item_of
 from hybridize.eval.context import EvalContext, ProbeResult, item_hash, mean_metric, merged
 from hybridize.eval.scoring import batches, token_nll
 
@@ -35,7 +36,7 @@ class Perplexity:
 
         Returns:
             `perplexity` (stderr by the delta method over blocks), `bits_per_byte` (at the bytes per token
-            of the whole text); samples are the mean -log p of each block, in nats.
+            of the whole text); samples are the mean -log p of each block, in nats; an item is the block's text.
 
         Raises:
             ConfigError: no text, or a block longer than the model's context.
@@ -65,6 +66,7 @@ class Perplexity:
         value = math.exp(nll.value)
         per_byte = len(text.ids) / text.text_bytes / math.log(2)
         spread = None if nll.stderr is None else nll.stderr * value
+        shown = [item_of(context.tokenizer, block, [], []) for block in blocks.tolist()] if context.tokenizer is not None else []
         bits = Metric(
             value=nll.value * per_byte,
             stderr=None if nll.stderr is None else nll.stderr * per_byte,
@@ -78,4 +80,5 @@ class Perplexity:
             },
             samples={f"perplexity{suffix}": means},
             item_hashes={f"perplexity{suffix}": item_hash(blocks)},
+            items={f"perplexity{suffix}": shown} if shown else {},
         )

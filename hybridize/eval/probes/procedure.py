@@ -16,7 +16,6 @@ from hybridize.eval.prompts import (
     draw_words,
     encode,
     hay_of,
-    question_of,
     spelled,
 )
 from hybridize.eval.scoring import batches, generate
@@ -31,9 +30,10 @@ class Path:
     ids: list[int]
     first: int
     """Where the output begins."""
+    head: str
+    """What stands in front of the first row, in words; of that row the model is shown its key."""
     rows: list[str]
-    """The output, row by row; the model writes on behind the first row's question."""
-    question: str
+    """The output, row by row."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,10 +81,14 @@ class Procedure:
         tokenizer, bos = context.tokenizer, bos_of(context)
         template = spelled(self.template, tokenizer)
         count = min(self.samples, context.limit or self.samples)
-        paths = [self.path(context, template, length, index) for index in range(count)]
         # All prompts of one length, so that they can be continued together without padding.
-        new_tokens = max(len(path.ids) - path.first for path in paths)
-        room = max(len(bos) + path.first for path in paths)
+        over, new_tokens, room, paths = 0, 0, 0, []
+        while not paths or room + new_tokens > length:
+            over += max(0, room + new_tokens - length)
+            paths = [self.path(context, template, length, index, over) for index in range(count)]
+            room, new_tokens = (
+                max(sizes) for sizes in zip(*((len(bos) + p.first, len(p.ids) - p.first) for p in paths), strict=True)
+            )
         prompts = []
         for index, path in enumerate(paths):
             missing = room - len(bos) - path.first
@@ -98,8 +102,9 @@ class Procedure:
             context.tell(f"procedure@{length}", len(given), count)
         rights, items = [], []
         for path, prompt, tokens in zip(paths, prompts, given, strict=True):
-            # A row's ending may be a token of its own, or part of the last value's: all that was generated is read.
-            written = rows_of(template, path.question + decode(tokenizer, tokens.tolist()), len(path.rows))
+            # Prompt and output in one piece, as a space may be in the last token of the one or in the first of the other.
+            text = decode(tokenizer, path.ids[: path.first] + tokens[: len(path.ids) - path.first].tolist()).lstrip(" ")
+            written = rows_of(template, text[len(path.head.lstrip(" ")) :], len(path.rows))
             rights.append(share_of_rows(written, path.rows))
             shown = decode(tokenizer, prompt.ids[max(0, room - SHOWN) : room])[-SHOWN:]
             items.append(Item(prompt=shown, expected="\n".join(path.rows)[:SHOWN], given="\n".join(written)[:SHOWN]))
@@ -107,8 +112,8 @@ class Procedure:
         name = f"procedure_nll@{length}"
         return result_of("procedure", length, rights, forced.samples[name], "share of rows", forced.item_hashes[name], items)
 
-    def path(self, context: EvalContext, template: str, length: int, index: int) -> Path:
-        """Path number `index`, of as many links as leave room for the output in `length` tokens."""
+    def path(self, context: EvalContext, template: str, length: int, index: int, over: int = 0) -> Path:
+        """Path number `index`, of as many links as leave room for the output in `length` tokens less `over`."""
         tokenizer: Any = context.tokenizer
         generator = np.random.default_rng([context.seed, length, index])
         # A link has at least four tokens; twice that where all links are rows of the output too.
@@ -116,7 +121,7 @@ class Procedure:
         names = draw_words(generator, EXAMPLE_LINKS + most + 2)
         example, links = _links(names[: EXAMPLE_LINKS + 1]), _links(names[EXAMPLE_LINKS + 1 :])
         orders = generator.permutation(len(example)), generator.permutation(len(links))
-        room = length - len(bos_of(context))
+        room = length - over - len(bos_of(context))
         sizes = np.cumsum([len(encode(tokenizer, template.format(key=key, value=value), [])[0]) for key, value in links])
         fits = [count for count in range(1, len(links) + 1) if sizes[count - 1] + sizes[min(count, self.most_rows) - 1] <= room]
         for count in range(len(fits), 1, -1):
@@ -127,7 +132,7 @@ class Procedure:
             ids, ((first, stop),) = encode(tokenizer, head + output, [(len(head) + spans[0][0], len(head) + spans[-1][1])])
             if stop <= room:
                 rows = [template.format(key=key, value=value).strip() for key, value in path[: self.most_rows]]
-                return Path(ids, first, rows, question_of(template, path[0][0]))
+                return Path(ids, first, head, rows)
         raise NoRoom(f"eval: procedure@{length} leaves no room for two links, expected a longer prompt")
 
 

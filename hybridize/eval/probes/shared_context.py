@@ -10,7 +10,7 @@ import torch
 from hybridize.errors import ConfigError
 from hybridize.eval.answers import SHOWN, Prompt, at_lengths, bos_of, check_lengths, decode, result_of
 from hybridize.eval.context import EvalContext, Item, ProbeResult, item_hash
-from hybridize.eval.prompts import ask, check_template, draw_facts, encode, hay_of, hide, lead, spelled
+from hybridize.eval.prompts import Values, ask, check_template, draw_facts, encode, hay_of, hide, lead, spelled
 from hybridize.eval.scoring import cached_nll, generate
 from hybridize.eval.timing import prefill
 
@@ -31,6 +31,8 @@ class SharedContext:
     """Questions on each text, about as many facts."""
     samples: int = 16
     """Texts for each length."""
+    values: Values = "numbers"
+    """What keys are given: numbers of three or four digits, or words, for models that met no digits."""
     template: str | None = None
     """A fact, and a question with its answer; None is the first of "{key} = {value}\\n" and "{key} is {value}; " that the
     tokenizer can spell."""
@@ -92,7 +94,7 @@ class SharedContext:
         tokenizer, bos = context.tokenizer, bos_of(context)
         template = spelled(self.template, tokenizer)
         generator = np.random.default_rng([context.seed, length, index])
-        facts = list(draw_facts(generator, self.questions).items())
+        facts = list(draw_facts(generator, self.questions, self.values).items())
         gap = lead(template)
         needles = [encode(tokenizer, gap + template.format(key=key, value=value), [])[0] for key, value in facts]
         questions = []
