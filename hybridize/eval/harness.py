@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import lm_eval.api.task
-from lm_eval.api.model import hash_args
+from lm_eval.api.model import CacheHook, hash_args
 from lm_eval.models import huggingface
 from lm_eval.models.utils import normalize_gen_kwargs
 
@@ -113,7 +113,11 @@ class Harness(HFLM):
                     f"{self.max_length + 1}; leave that task out"
                 )
         if any(request.args[1].get("do_sample") for request in requests):
-            return super().generate_until(requests, disable_tqdm=True)  # each draw is another answer
+            # Each draw is another answer.
+            self.set_cache_hook(CacheHook(None))
+            drawn = super().generate_until(requests, disable_tqdm=True)
+            self.set_cache_hook(self)
+            return drawn
         return self._answered("generate_until", requests, len(requests))
 
     def _answered(self, kind: str, requests: list[Any], together: int) -> list[Any]:

@@ -56,12 +56,13 @@ def expected_file(name: str) -> str | None:
     return None
 
 
-def load_local(folder: Path, name: str) -> Any:
+def load_local(folder: Path, name: str, num_fewshot: int | None = None) -> Any:
     """A task of lm-eval that reads `folder`, or the group of all that its files are there for.
 
     Args:
         folder: laid out as the templates say, such as `arc_easy/test.jsonl`, `blimp/wh_vs_that_no_gap.jsonl`.
         name: one of `local_names(folder)`.
+        num_fewshot: examples in a prompt, for which there has to be a file of their own; None is what the task says.
 
     Returns:
         lm_eval.api.task.Task, or lm_eval.api.group.Group.
@@ -70,13 +71,13 @@ def load_local(folder: Path, name: str) -> Any:
         DataError: a file is missing, or holds something else than it should.
     """
     if name in templates() and "group" not in templates()[name]:
-        return _task(folder, templates()[name], name)
+        return _task(folder, templates()[name], name, num_fewshot)
     if name in templates():
-        return _group(folder, templates()[name])
+        return _group(folder, templates()[name], num_fewshot)
     for template in templates().values():
         for member in _members(folder, template):
             if template["task"].format(name=member) == name:
-                return _task(folder, template, name, member)
+                return _task(folder, template, name, num_fewshot, member)
     raise AssertionError(name)
 
 
@@ -87,7 +88,7 @@ def _members(folder: Path, template: dict[str, Any]) -> list[str]:
     return sorted(path.stem for path in folder.glob(measured(template)[0].format(name="*")))
 
 
-def _group(folder: Path, template: dict[str, Any]) -> Any:
+def _group(folder: Path, template: dict[str, Any], num_fewshot: int | None) -> Any:
     from lm_eval.api.group import Group
     from lm_eval.config.group import GroupConfig
 
@@ -99,11 +100,11 @@ def _group(folder: Path, template: dict[str, Any]) -> Any:
         GroupConfig(group=template["group"], aggregate_metric_list=aggregates, metadata=dict(template["metadata"]))
     )
     for member in members:
-        group.add(_task(folder, template, template["task"].format(name=member), member))
+        group.add(_task(folder, template, template["task"].format(name=member), num_fewshot, member))
     return group
 
 
-def _task(folder: Path, template: dict[str, Any], name: str, member: str = "") -> Any:
+def _task(folder: Path, template: dict[str, Any], name: str, num_fewshot: int | None, member: str = "") -> Any:
     from datasets import Dataset
     from lm_eval.api.task import ConfigurableTask
 
@@ -112,9 +113,14 @@ def _task(folder: Path, template: dict[str, Any], name: str, member: str = "") -
     chosen = next((split for split in needed if split is not None and paths[split] is not None), None)
     if chosen is None:
         raise DataError(_missing(folder, name, template, measured(template)[0].format(name=member)))
-    shots = template.get("fewshot_split")
-    if shots is not None and paths[shots] is None:
-        raise DataError(_missing(folder, name, template, template["files"][shots].format(name=member)))
+    examples = template.get("fewshot_split", template.get("training_split"))
+    own = template.get("num_fewshot")
+    if num_fewshot if num_fewshot is not None and own != 0 else own:
+        # lm-eval would take examples from what is measured.
+        if examples is None:
+            raise DataError(f"lm_eval: {name} has no split to draw examples from; leave num_fewshot out")
+        if paths[examples] is None:
+            raise DataError(_missing(folder, name, template, template["files"][examples].format(name=member)))
     rows = {split: _rows(path, template["fields"]) for split, path in paths.items() if path is not None}
 
     class LocalTask(ConfigurableTask):
@@ -124,6 +130,7 @@ def _task(folder: Path, template: dict[str, Any], name: str, member: str = "") -
     settings = {key: value for key, value in template.items() if key not in OURS}
     for key in ("training_split", "validation_split", "test_split"):
         settings[key] = template.get(key) if template.get(key) in rows else None
+    settings["fewshot_split"] = template.get("fewshot_split") if template.get("fewshot_split") in rows else None
     # lm-eval changes what it is given.
     return LocalTask(config=json.loads(json.dumps({**settings, "task": name})))
 

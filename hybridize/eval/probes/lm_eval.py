@@ -7,6 +7,7 @@ import json
 import logging
 import math
 import os
+import random
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,10 +15,13 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
+import torch
+
 from hybridize.core import Metric, digest
 from hybridize.errors import ConfigError, DataError, MissingDependencyError
 from hybridize.eval.context import EvalContext, Item, ProbeResult, item_hash
-from hybridize.eval.local_tasks import expected_file, load_local, local_names
+from hybridize.eval.local_tasks import expected_file, load_local, local_names, templates
 from hybridize.registry import suggest
 
 log = logging.getLogger(__name__)
@@ -71,7 +75,11 @@ class LmEval:
             return
         known = _builtin_text()
         for name in missing:
-            if not _mentions(known, name) and expected_file(name) is None:
+            if name in templates() and not _mentions(known, name):
+                raise ConfigError(
+                    f"task {name!r} is read from {expected_file(name)} in the folder that data_dir (--task-data) names"
+                )
+            if not _mentions(known, name):
                 names = sorted({*self._local, *NAME_LINE.findall(self._included)})
                 near = suggest(name, sorted({*names, *NAME_LINE.findall(known)})).split("Known: ")[0]
                 where = " and ".join(folder for folder in (self.data_dir, self.include_path) if folder is not None)
@@ -91,7 +99,7 @@ class LmEval:
         hidden = NAME_LINE.findall(self._included)
         local = [name for name in self.tasks if name in self._local and name not in hidden]
         rest = [name for name in self.tasks if name not in local]
-        found: dict[str, list[Any]] = {name: [load_local(Path(str(self.data_dir)), name)] for name in local}
+        found: dict[str, list[Any]] = {name: [load_local(Path(str(self.data_dir)), name, self.num_fewshot)] for name in local}
         only_own = all(_mentions(self._included, name) for name in rest)
         manager = TaskManager(include_path=self.include_path, include_defaults=not only_own) if rest else None
         for name in rest:
@@ -131,15 +139,9 @@ class LmEval:
             leaves = {leaf.task_name: leaf for item in self._loaded for leaf in _tasks_of(item)}
             found = []
             for name, leaf in sorted(leaves.items()):
-                shots = leaf.config.num_fewshot if self.num_fewshot is None else self.num_fewshot
-                documents = [*leaf.eval_docs, *((leaf.fewshot_docs() or []) if shots else [])]
-                found.append(
-                    [
-                        name,
-                        digest(re.sub(" at 0x[0-9a-f]+", "", str(leaf.dump_config()))),
-                        item_hash([json.dumps(row, default=str) for row in documents]),
-                    ]
-                )
+                rows = [*leaf.eval_docs, *((leaf.fewshot_docs() or []) if self._shots(leaf) else [])]
+                config = re.sub(" at 0x[0-9a-f]+", "", str(leaf.dump_config()))
+                found.append([name, digest(config), item_hash([json.dumps(row, default=str) for row in rows])])
         return [metadata.version("lm_eval"), found]
 
     def __call__(self, context: EvalContext) -> ProbeResult:
@@ -156,31 +158,42 @@ class LmEval:
         """
         _need_lm_eval()
         from lm_eval import evaluator
-        from lm_eval.tasks import TaskManager
 
         from hybridize.eval.harness import Harness
 
         version = metadata.version("lm_eval")
         limit = min([limit for limit in (self.limit, context.limit) if limit is not None], default=None)
+        processes = 1 if context.accelerator is None else context.accelerator.num_processes
         with _quiet():
             leaves = {leaf.task_name: leaf for item in self._loaded for leaf in _tasks_of(item)}
             for name, leaf in leaves.items():
-                documents = min(len(leaf.eval_docs), limit or len(leaf.eval_docs))
-                if context.accelerator is not None and documents < context.accelerator.num_processes:
-                    raise ConfigError(f"lm_eval: {name} has {documents} documents for {context.accelerator.num_processes} "
-                                      "processes, expected one each; start fewer")  # fmt: skip
-            harness = Harness(
-                context, self.batch_size, None if context.answers is None else context.answers / f"lm_eval-{version}"
+                if (documents := min(len(leaf.eval_docs), limit or len(leaf.eval_docs))) < processes:
+                    raise ConfigError(f"lm_eval: {name} has {documents} documents for {processes} processes; start fewer")
+                leaf.set_config("num_fewshot", self._shots(leaf))
+                leaf.set_fewshot_seed(context.seed)
+            groups = {group.name: group for item in self._loaded for group in _groups_of(item)}
+            folder = None if context.answers is None else context.answers / f"lm_eval-{version}"
+            harness = Harness(context, self.batch_size, folder)
+            _seed(context.seed)
+            # Not `simple_evaluate`, which takes seconds to ask the operating system what machine this is.
+            results = evaluator.evaluate(
+                lm=harness, task_dict={"tasks": leaves, "groups": groups}, log_samples=True, bootstrap_iters=0, limit=limit
             )
-            results = evaluator.simple_evaluate(
-                model=harness, tasks=list(self._loaded), task_manager=TaskManager(include_defaults=False), log_samples=True,
-                bootstrap_iters=0, limit=limit, num_fewshot=self.num_fewshot, random_seed=context.seed,
-                numpy_random_seed=context.seed, torch_random_seed=context.seed, fewshot_random_seed=context.seed,
-            )  # fmt: skip
         harness.say()
         if results is None:
             return ProbeResult(metrics={})
         return _collect(dict(results), leaves, version)
+
+    def _shots(self, task: Any) -> int:
+        """Examples in a prompt; as in lm-eval, a task that says zero keeps to it."""
+        own = task.config.num_fewshot
+        return own or 0 if self.num_fewshot is None or own == 0 else self.num_fewshot
+
+
+def _seed(seed: int) -> None:
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
 
 
 def _need_lm_eval() -> None:
@@ -200,6 +213,11 @@ def _quiet() -> Any:
 
 def _line(error: BaseException) -> str:
     return (str(error) or type(error).__name__).splitlines()[0]
+
+
+def _groups_of(item: Any) -> list[Any]:
+    """The group and all groups in it; none of a task."""
+    return [item, *item.get_all_groups()] if hasattr(item, "get_all_groups") else []
 
 
 def _tasks_of(item: Any) -> list[Any]:
