@@ -36,6 +36,10 @@ CacheOpt = Annotated[
     Optional[Path],  # noqa: UP045
     typer.Option("--token-cache", help="Folder that keeps the tokens of texts, for other runs to use."),
 ]
+MeasuredOpt = Annotated[
+    Optional[Path],  # noqa: UP045
+    typer.Option("--cache", help="Folder that keeps reports and answers, so that the same is measured once."),
+]
 ScoresOpt = Annotated[Optional[Path], typer.Option("--scores", help="A scores.json, for ranks that follow it.")]  # noqa: UP045
 MemoryOpt = Annotated[Optional[float], typer.Option(help="GB of a process's device. Default: what is here.")]  # noqa: UP045
 MfuOpt = Annotated[float, typer.Option(help="Share of the peak that hours are given at.")]

@@ -59,6 +59,10 @@ class EvalContext:
     limit: int | None = None
     """At most so many items (blocks, prompts, documents) in each probe."""
     progress: Progress | None = None
+    accelerator: Any = None
+    """The processes that measure together, as Accelerate knows them; None for one alone."""
+    answers: Path | None = None
+    """Folder for what this very model answers, on this device and these versions; None keeps nothing."""
 
     @functools.cached_property
     def base(self) -> Any:
@@ -66,6 +70,11 @@ class EvalContext:
         if self.load_base is None:
             raise ConfigError("eval: a probe compares with the base, got no base. Name it with --base")
         return self.load_base()
+
+    @property
+    def rank(self) -> int:
+        """Number of this process; probes that are not divided run in 0 alone."""
+        return 0 if self.accelerator is None else self.accelerator.process_index
 
     @property
     def device(self) -> torch.device:
