@@ -51,14 +51,19 @@ def answers(
 
 
 def recovered(
-    generator: np.random.Generator, trials: int, count: int, model: tuple[float, float, float], drop: float
+    generator: np.random.Generator,
+    trials: int,
+    count: int,
+    model: tuple[float, float, float],
+    drop: float,
+    confidence: float = CONFIDENCE,
 ) -> np.ndarray:
     """Lower bounds of what was recovered, [trials]; -inf where the base was not above chance."""
     accuracy, chance, agreement = model
     bounds = []
     for _ in range(trials):
         ours, theirs = answers(generator, count, accuracy, chance, agreement, drop)
-        found = ratio_bounds(ours - chance, theirs - chance, chance, CONFIDENCE)
+        found = ratio_bounds(ours - chance, theirs - chance, chance, confidence)
         bounds.append(-math.inf if found is None else found[0])
     return np.array(bounds)
 

@@ -27,6 +27,10 @@ class Section(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
+    def resolved(self) -> str:
+        """With every default and every suite's part filled in, as YAML."""
+        return yaml.safe_dump(self.model_dump(), sort_keys=False)
+
 
 class DataSection(Section):
     """What the text is, how it is split and how much of it calibrates a seed."""
@@ -70,10 +74,6 @@ class Recipe(Section):
     gates: list[dict[str, Any]] = []
     push: dict[str, Any] | None = None
     sizes: list[SizeSection] = []
-
-    def resolved(self) -> str:
-        """The recipe with every default filled in, as YAML."""
-        return yaml.safe_dump(self.model_dump(), sort_keys=False)
 
 
 class _Loader(yaml.SafeLoader):
