@@ -84,7 +84,7 @@ def test_recovery_errs_as_seldom_as_it_says_at_100_items():
 @pytest.mark.slow
 @pytest.mark.parametrize("count", [100, 500, 2000])
 def test_rates_of_the_table(count):
-    generator, trials = np.random.default_rng(1), 1500
+    generator, trials = np.random.default_rng(1), 800
     slack = 3 * math.sqrt(0.05 * 0.95 / trials)
     for model in MODELS:
         drop, alarms, caught = smallest_drop(generator, trials, count, model)
