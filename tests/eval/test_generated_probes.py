@@ -125,6 +125,19 @@ def test_procedure_of_models_that_know_and_that_slip(template, tokenizer):
     assert probe(context_of(CopyingModel(), tokenizer)).metrics["procedure@176"].value < 1
 
 
+def test_procedures_of_different_sizes_fit_together(model, tokenizer, monkeypatch):
+    asked = []
+
+    def written(model, ids, new_tokens):
+        asked.append(ids.shape[1] + new_tokens)
+        return torch.zeros(len(ids), new_tokens, dtype=torch.long)
+
+    monkeypatch.setattr("hybridize.eval.probes.procedure.generate", written)
+    Procedure(lengths_tokens=[200, 230, 256], samples=6)(context_of(model, tokenizer))
+    for length, tokens in zip((200, 230, 256), asked, strict=True):
+        assert length - 25 < tokens <= length
+
+
 def test_rows_are_judged_in_their_places():
     rows = ["a = b", "b = c", "c = d"]
     assert rows_of("{key} = {value}\n", "a = b\nb = c\nc = dog\nd = e", 3) == ["a = b", "b = c", "c = dog"]

@@ -44,7 +44,9 @@ def solved(kind: str, text: str) -> list[str]:
             return value(known[name]) if name in known else name
 
         example = {name for fact in facts if " " in fact[1] for name in fact[1].split()} - set(shown.split())
-        return [name for name in known if value(name) == number and name not in example]
+        names = [name for name in known if value(name) == number and name not in example]
+        assert [known[name] for name in names] == [number, *names[:-1]]
+        return names
     if kind == "threading":
         asked = facts[8:]
         links, at, path = dict(facts[:8]), asked[0][0], []
