@@ -1,5 +1,6 @@
 """Prompts read as a person would read them, and scored by models that know, half know, and do not know the answers."""
 
+import copy
 import re
 from pathlib import Path
 
@@ -43,7 +44,9 @@ def solved(kind: str, text: str) -> list[str]:
             return value(known[name]) if name in known else name
 
         example = {name for fact in facts if " " in fact[1] for name in fact[1].split()} - set(shown.split())
-        return [name for name in known if value(name) == number and name not in example]
+        names = [name for name in known if value(name) == number and name not in example]
+        assert [known[name] for name in names] == [number, *names[:-1]]
+        return names
     if kind == "threading":
         asked = facts[8:]
         links, at, path = dict(facts[:8]), asked[0][0], []
@@ -200,8 +203,7 @@ def test_scores_at_are_those_of_the_whole_logits(model, tokenizer):
     places = torch.tensor([(0, 1), (2, 39), (1, 7), (2, 8)])
     nll, choice = scores_at(model, ids, places)
     with torch.no_grad():
-        logits = model.double()(ids).logits
-    model.float()
+        logits = copy.deepcopy(model).double()(ids).logits
     before = logits[places[:, 0], places[:, 1] - 1]
     assert torch.equal(choice, before.argmax(-1))
     tokens = ids[places[:, 0], places[:, 1]]
