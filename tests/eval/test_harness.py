@@ -57,7 +57,14 @@ def test_any_batch_gives_the_same_answers(base, tokenizer, tmp_path):
         )
         assert_close(eight, one, "fp32")
         assert len(set(one.tolist())) == len(one)
-    assert alone.generate_until(requests("generate_until")) == together.generate_until(requests("generate_until"))
+    said = alone.generate_until(requests("generate_until"))
+    assert together.generate_until(requests("generate_until")) == said
+
+    class Unmasked(Harness):
+        def _model_generate(self, *args, attention_mask, **kwargs):
+            return super()._model_generate(*args, attention_mask=torch.ones_like(attention_mask), **kwargs)
+
+    assert Unmasked(context_of(model, tokenizer), 8, None).generate_until(requests("generate_until")) != said
 
 
 class Calls:
