@@ -359,8 +359,6 @@ def _measured(
 ) -> Report:
     """The report on a checkpoint, written to `path`."""
     probes = recipe.evaluate or [{"name": "perplexity"}]
-    found = evaluate(checkpoint, probes, text, base=base, out=path, seed=recipe.seed, progress=progress, cache=cache)
     # The working directory may move; what a report says of its checkpoint must not name this machine's folders.
-    found = dataclasses.replace(found, checkpoint=checkpoint.name)
-    write_json(path, found.to_dict())
-    return found
+    return evaluate(checkpoint, probes, text, base=base, out=path, seed=recipe.seed, progress=progress, cache=cache,
+                    name=checkpoint.name)  # fmt: skip

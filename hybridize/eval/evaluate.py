@@ -23,7 +23,7 @@ from hybridize.eval.context import EvalContext, ProbeResult, Progress
 from hybridize.eval.kept import Kept
 from hybridize.eval.probes import PROBES
 from hybridize.lineage import LINEAGE, read_lineage
-from hybridize.storage import write_json, write_text
+from hybridize.storage import to_json, write_text
 
 log = logging.getLogger(__name__)
 
@@ -38,6 +38,7 @@ def evaluate(
     limit: int | None = None,
     progress: Progress | None = None,
     cache: Path | str | None = None,
+    name: str | None = None,
 ) -> Report:
     """Measure a checkpoint.
 
@@ -55,6 +56,7 @@ def evaluate(
         progress: called with (label, done, total).
         cache: folder that keeps reports and answers, for other calls to use: what was measured of the same weights with the
             same probes, text, base, seed, limit and versions is read from it, and an evaluation that was stopped goes on.
+        name: what the report calls the checkpoint; None is its path.
 
     Returns:
         The report, the same in each process; metric names are flat ("perplexity", "recall@8", "arc_easy/acc",
@@ -71,6 +73,7 @@ def evaluate(
         raise ConfigError(f"eval: limit is {limit}, expected at least 1")
     built = [(spec["name"], PROBES.build(spec)) for spec in probes]
     checkpoint, base = Path(checkpoint), None if base is None else Path(base)
+    name = name or str(checkpoint)
     found = open_checkpoint(checkpoint)
     accelerator = _processes()
     main = accelerator is None or accelerator.is_main_process
@@ -91,7 +94,7 @@ def evaluate(
         earlier, answers = kept.report(key), kept.answers(weights, versions)
     earlier, answers = _told(accelerator, (earlier, answers))
     if earlier is not None:
-        report, items = dataclasses.replace(earlier[0], checkpoint=str(checkpoint)), earlier[1]
+        report, items = dataclasses.replace(earlier[0], checkpoint=name), earlier[1]
         if main:
             log.warning("eval: %s: the same was measured before; its report is read from %s", checkpoint, cache)
     else:
@@ -103,7 +106,7 @@ def evaluate(
         )  # fmt: skip
         result = _measure(built, context)
         report = Report(
-            checkpoint=str(checkpoint),
+            checkpoint=name,
             # The headers of a base say little about its weights, but hashing those would read all of them again.
             checkpoint_hash=digest(read_lineage(checkpoint)["files"]) if (checkpoint / LINEAGE).is_file() else found.hash,
             metrics=result.metrics, samples=result.samples, item_hashes=result.item_hashes,
@@ -113,14 +116,15 @@ def evaluate(
         if kept is not None and main:
             kept.keep(key, report, items)
     if out is not None and main:
-        write_text(items_path(Path(out)), items)
-        write_json(Path(out), report.to_dict())
+        for path, content in ((items_path(Path(out)), items), (Path(out), to_json(report.to_dict()))):
+            if not path.is_file() or path.read_text(encoding="utf-8") != content:
+                write_text(path, content)
     return report
 
 
 def _processes() -> Any:
     """The processes that torchrun or accelerate started together, None for one alone."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    if "RANK" not in os.environ or int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return None
     from accelerate import Accelerator, InitProcessGroupKwargs
 

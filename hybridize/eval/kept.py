@@ -84,7 +84,8 @@ class Kept:
         """Write a report and its items for the next time."""
         path = self._path(key)
         write_text(path.with_suffix(".items.jsonl"), items)
-        write_json(path, report.to_dict())
+        # Not in alphabetical order: tables show metrics as they were measured.
+        write_text(path, json.dumps(report.to_dict(), allow_nan=False))
 
     def _path(self, key: Any) -> Path:
         return self.folder / "reports" / f"{digest([FORMAT, key])}.json"

@@ -12,6 +12,7 @@ import torch
 
 import hybridize
 from hybridize.checkpoint import load_model, open_checkpoint
+from hybridize.cli import app
 from hybridize.errors import CheckpointError, ConfigError
 from hybridize.eval import PROBES, evaluate
 from hybridize.eval.evaluate import items_path
@@ -55,6 +56,21 @@ def test_the_same_is_measured_once(own, tokenizer, tmp_path, loads, caplog):
     assert again.to_dict() == {**first.to_dict(), "checkpoint": str(moved)}
     assert json.loads((tmp_path / "2.json").read_text()) == again.to_dict()
     assert items_path(tmp_path / "1.json").read_bytes() == items_path(tmp_path / "2.json").read_bytes()
+
+
+def test_the_command_says_where_it_read(own, tmp_path, loads, capsys):
+    (tmp_path / "text.txt").write_text("The king saw the fox near the lake.\n" * 40)
+    words = ["eval", str(own), "--data", str(tmp_path / "text.txt"), "--cache", str(tmp_path / "cache"), "--json"]
+    assert app(words) == 0
+    first = capsys.readouterr()
+    assert app(words) == 0
+    second = capsys.readouterr()
+    assert first.out == second.out
+    assert "was measured before" not in first.err
+    assert second.err.count("the same was measured before; its report is read from") == 1
+    assert loads == [own]
+    assert app(["eval", str(own), "--task-data", str(tmp_path)]) == 2
+    assert "--task-data and --include-path go with --tasks" in capsys.readouterr().err
 
 
 def changed_weight(folder):

@@ -1,7 +1,6 @@
 """Tasks that read a local folder: the rows they read, the prompts they ask, and the accuracies of known models."""
 
 import json
-import os
 from pathlib import Path
 
 import pytest
@@ -136,7 +135,7 @@ def test_prompts_and_answers_are_those_of_lm_eval(name, sets):
 
 @pytest.mark.slow
 @pytest.mark.data
-@pytest.mark.parametrize("name", sorted(OWN))
+@pytest.mark.parametrize("name", ["arc_easy", "hellaswag", "mmlu_astronomy", "winogrande"])
 def test_prompts_and_answers_of_the_real_sets_are_those_of_lm_eval(name, shared_data):
     compare(name, shared_data / "eval")
 
@@ -212,23 +211,22 @@ def test_a_tokenizer_that_merges_prompt_and_answer(shared_data):
         assert_close(other, expected, "fp32")
 
 
+# The README of the shared data, to the document; each depends on one of the rules that are not lm-eval's own.
 REFERENCE = [
-    ("tinystories-656k", "tinystories_cloze", None, (106 / 279, 116 / 279)),
-    ("tinystories-656k", "hellaswag", 200, (55 / 200, 61 / 200)),
-    ("stories260K", "blimp", 200, (1763 / 2400,)),
-    ("stories260K", "arc_easy_validation", None, (80 / 285, 67 / 285)),
-    ("babyllama-tok105", "arc_easy_validation", None, (82 / 285, 69 / 285)),
+    ("tinystories-656k", "tinystories_cloze", None, 16, (106 / 279, 116 / 279)),
+    ("tinystories-656k", "hellaswag", 200, 16, (55 / 200, 61 / 200)),
+    ("stories260K", "arc_easy_validation", None, 32, (80 / 285, 67 / 285)),
+    ("stories260K", "blimp", 200, 64, (1763 / 2400,)),
 ]
 
 
 @pytest.mark.slow
 @pytest.mark.data
-@pytest.mark.parametrize(("name", "task", "limit", "expected"), REFERENCE)
-def test_known_models_have_their_known_accuracies(name, task, limit, expected, shared_data):
+@pytest.mark.parametrize(("name", "task", "limit", "batch", "expected"), REFERENCE)
+def test_known_models_have_their_known_accuracies(name, task, limit, batch, expected, shared_data):
     folder = shared_data / "models" / name
-    probe = PROBES.build({"name": "lm_eval", "tasks": [task], "data_dir": str(shared_data / "eval"), "batch_size": 16})
+    probe = PROBES.build({"name": "lm_eval", "tasks": [task], "data_dir": str(shared_data / "eval"), "batch_size": batch})
     result = probe(EvalContext(checkpoint=folder, model=load_model(folder, torch.float32),
                                tokenizer=AutoTokenizer.from_pretrained(folder), limit=limit))  # fmt: skip
     found = [result.metrics[f"{task}/{metric}"].value for metric in ("acc", "acc_norm")[: len(expected)]]
     assert found == pytest.approx(expected, abs=1e-12)
-    assert os.environ["HF_HUB_OFFLINE"] == "1"
