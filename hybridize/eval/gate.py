@@ -27,9 +27,10 @@ def gate(report: Report, baseline: Report | None, gates: list[dict[str, Any]], o
     """
     if not gates:
         raise ConfigError("gate: got no gates, expected at least one. Give a recipe with gates, or --rule")
-    built = [(spec["name"], GATES.build(spec)) for spec in gates]
+    built = [(spec, GATES.build(spec)) for spec in gates]
     results = []
-    for name, check in built:
+    for spec, check in built:
+        name = spec["name"]
         if baseline is None and check.compares:
             raise ConfigError(f"gate {name!r} compares with a baseline, got none. Name it with --baseline")
         try:
@@ -39,6 +40,8 @@ def gate(report: Report, baseline: Report | None, gates: list[dict[str, Any]], o
             if baseline is None or report.versions.get("tokenizer") == baseline.versions.get("tokenizer"):
                 raise
             detail = "not judged: the tokenizer is not the baseline's, so that the same text gives other items."
+            metrics = [*([spec["metric"]] if "metric" in spec else []), *spec.get("tasks", []), *spec.get("metrics", [])]
+            name = f"{name} {','.join(metrics)}".strip()
             results.append(GateResult(name=name, passed=False, value=None, limit=None, detail=detail))
     verdict = Verdict(passed=all(result.passed for result in results), gates=tuple(results))
     if out is not None:

@@ -81,7 +81,7 @@ def check(student, name, shared_data, measured, baselines, monkeypatch, tmp_path
     assert code == 1
     if student == "another tokenizer":
         assert "the same text gives other ids" in gates["same_tokenizer"]["detail"]
-        assert "not judged: the tokenizer" in gates["max_rise"]["detail"]
+        assert "not judged: the tokenizer" in gates["max_rise perplexity"]["detail"]
         return
     # Not for want of items: what is lost is shown.
     assert any("at least" in gate["detail"] or "at most" in gate["detail"] for gate in failed)

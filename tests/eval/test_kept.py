@@ -70,7 +70,7 @@ def test_the_command_says_where_it_read(own, tmp_path, loads, capsys):
     assert second.err.count("the same was measured before; its report is read from") == 1
     assert loads == [own]
     assert app(["eval", str(own), "--task-data", str(tmp_path)]) == 2
-    assert "--task-data and --include-path go with --tasks" in capsys.readouterr().err
+    assert "--task-data and --include-path are for tasks of lm-eval" in capsys.readouterr().err
 
 
 def changed_weight(folder):

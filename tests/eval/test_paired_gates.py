@@ -211,6 +211,7 @@ def test_another_tokenizer_is_a_finding_and_other_items_without_one_are_a_mistak
     verdict = gate(here, there, rules)
     assert [result.passed for result in verdict.gates] == [False, False]
     assert "the tokenizer is 111111111111, expected the baseline's 222222222222" in verdict.gates[0].detail
+    assert verdict.gates[1].name == "max_rise perplexity"
     assert "not judged" in verdict.gates[1].detail
     alike = report_of(samples={"perplexity": base}, items="b", versions={"tokenizer": "1" * 64})
     with pytest.raises(ConfigError, match="other items"):

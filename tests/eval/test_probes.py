@@ -201,7 +201,7 @@ def test_evaluate_writes_what_it_returns(base, tmp_path):
     assert all(line["expected"] == line["given"] for line in lines)
     assert report.metrics["kl_to_base"].value == 0
     assert {"torch", "dtype", "device"} <= set(report.versions)
-    assert seen[-1] == ("kl_to_base", 4, 4)
+    assert seen[-2:] == [("kl_to_base", 4, 4), ("all probes", 2, 2)]
 
 
 @pytest.mark.parametrize(
