@@ -1,7 +1,7 @@
 """run: the verbs in order, each skipped when its output already matches. No scheduler, no state but the directory.
 
 WORK/recipe.yaml  plan.json  converted/  distilled/  report-base.json  report-converted.json  report.json
-     verdict.json  report.html  tokens/
+     verdict.json  report.html  tokens/  measured/
 """
 
 import dataclasses
@@ -19,7 +19,7 @@ from torch import Tensor
 from hybridize.checkpoint import Described, describe_base, open_base
 from hybridize.conversions import CONVERSIONS, convert
 from hybridize.conversions import plan as make_plan
-from hybridize.core import Plan, Report, Scores, Verdict, digest, read_json
+from hybridize.core import Plan, Report, Scores, Verdict
 from hybridize.data import (
     Mixture,
     Sources,
@@ -248,6 +248,7 @@ def run(
     machine: Machine | None = None,
     announce: Announce | None = None,
     teacher: str | Path | None = None,
+    cache: Path | None = None,
 ) -> RunResult:
     """Plan, convert, distill, evaluate, gate, report.
 
@@ -266,6 +267,7 @@ def run(
         announce: called with the plan and what each stage will cost before anything is written; no costs where there is no
             `machine` or the training is done.
         teacher: as for `distill`; None is the base.
+        cache: as for `evaluate`, so that runs of the same base measure it once; None is a folder in `out`.
 
     Returns:
         Plan, reports by column (base, converted, distilled), the verdict (None without gates) and the report's path.
@@ -296,15 +298,16 @@ def run(
     converted, distilled = out / "converted", out / "distilled"
     text = calibration_rows(train, recipe, checkpoint.config) if calibrated_layers(plan) else None
     convert(plan, converted, text, resume=resume or is_complete(converted), progress=progress, base_path=base)
-    reports = {"base": _measured(recipe, base, base, test, out / "report-base.json", progress)}
+    cache = cache or out / "measured"
+    reports = {"base": _measured(recipe, base, base, test, out / "report-base.json", cache, progress)}
     if stages:
-        reports["converted"] = _measured(recipe, converted, base, test, out / "report-converted.json", progress)
+        reports["converted"] = _measured(recipe, converted, base, test, out / "report-converted.json", cache, progress)
         distill(converted, stages, train, distilled, teacher=teacher or base, resume=resume or is_complete(distilled),
                 seed=recipe.seed, progress=progress, recall=recall_of(converted, recipe.seed))  # fmt: skip
         final = "distilled"
     else:
         distilled, final = converted, "converted"
-    reports[final] = _measured(recipe, distilled, base, test, out / "report.json", progress)
+    reports[final] = _measured(recipe, distilled, base, test, out / "report.json", cache, progress)
     verdict = gate(reports[final], reports["base"], recipe.gates, out / "verdict.json") if recipe.gates else None
     html = report(out, out / "report.html")
     return RunResult(work=out, plan=plan, reports=reports, verdict=verdict, html=html)
@@ -332,7 +335,7 @@ def recall_of(folder: Path, seed: int) -> Callable[[Any, list[int]], dict[str, f
             except ConfigError as error:
                 log.info("recall with %d pairs is not watched: %s", count, error)
                 continue
-            found |= {name: metric.value for name, metric in result.metrics.items()}
+            found |= {name: metric.value for name, metric in result.metrics.items() if name == f"recall@{count}"}
         return found
 
     return measure
@@ -351,24 +354,11 @@ def _claim(out: Path, recipe: Recipe, plan: Plan) -> None:
     write_text(out / "recipe.yaml", recipe.resolved())
 
 
-def _measured(recipe: Recipe, checkpoint: Path, base: Path, text: Tokens, path: Path, progress: Progress | None) -> Report:
-    """The report on a checkpoint, read from its file when that was made from the same inputs."""
+def _measured(
+    recipe: Recipe, checkpoint: Path, base: Path, text: Tokens, path: Path, cache: Path, progress: Progress | None
+) -> Report:
+    """The report on a checkpoint, written to `path`."""
     probes = recipe.evaluate or [{"name": "perplexity"}]
-    key = digest([probes, text.sha256, recipe.seed, str(checkpoint.resolve()), _weights_key(checkpoint)])
-    stamp = path.with_suffix(".key")
-    if path.exists() and stamp.exists() and stamp.read_text(encoding="utf-8") == key:
-        return Report.read(path)
-    found = evaluate(checkpoint, probes, text, base=base, seed=recipe.seed, progress=progress)
     # The working directory may move; what a report says of its checkpoint must not name this machine's folders.
-    found = dataclasses.replace(found, checkpoint=checkpoint.name)
-    write_json(path, found.to_dict())
-    write_text(stamp, key)
-    return found
-
-
-def _weights_key(checkpoint: Path) -> Any:
-    lineage = checkpoint / "lineage.json"
-    if lineage.exists():
-        return read_json(lineage, "a lineage")["files"]
-    stats = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in sorted(checkpoint.glob("*.safetensors"))]
-    return [open_base(checkpoint).hash, stats]
+    return evaluate(checkpoint, probes, text, base=base, out=path, seed=recipe.seed, progress=progress, cache=cache,
+                    name=checkpoint.name)  # fmt: skip

@@ -1,6 +1,7 @@
 """Recipes: YAML in, a strict frozen Recipe out. The components named in one are checked by the pipeline, before any work.
 
-A recipe is complete in itself: no inheritance. What a published method chose base by base stands under `sizes`: the
+A recipe is complete in itself: no inheritance. The probes and gates of a suite may be named among its own (`evaluate: [offline,
+{name: speed}]`), and stand there once it is read. What a published method chose base by base stands under `sizes`: the
 first entry whose `when` is true of the base's config.json sets its keys, and a base that none is meant for keeps the
 rest of the recipe. `--set a.b=c` overrides any key, after that; a number in a path is a place in a list
 (`distill.0.tokens=1000000`).
@@ -9,7 +10,7 @@ rest of the recipe. `--set a.b=c` overrides any key, after that; a number in a p
 from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -18,12 +19,17 @@ from hybridize.errors import ConfigError
 from hybridize.registry import suggest
 
 MAX_BYTES = 1 << 20
+Model = TypeVar("Model", bound=BaseModel)
 
 
 class Section(BaseModel):
     """Strict and frozen: an unknown key or a value of another kind is an error."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    def resolved(self) -> str:
+        """With every default and every suite's part filled in, as YAML."""
+        return yaml.safe_dump(self.model_dump(), sort_keys=False)
 
 
 class DataSection(Section):
@@ -35,6 +41,15 @@ class DataSection(Section):
     """Share of the documents, by hash, kept for evaluation where no text of its own is given for that."""
     calibration_tokens: int = Field(default=12_288, ge=1)
     calibration_seq_tokens: int = Field(default=256, ge=2)
+
+
+class Suite(Section):
+    """Probes, and the gates that go with them."""
+
+    name: str
+    about: str = ""
+    evaluate: list[dict[str, Any]]
+    gates: list[dict[str, Any]]
 
 
 class SizeSection(Section):
@@ -59,10 +74,6 @@ class Recipe(Section):
     gates: list[dict[str, Any]] = []
     push: dict[str, Any] | None = None
     sizes: list[SizeSection] = []
-
-    def resolved(self) -> str:
-        """The recipe with every default filled in, as YAML."""
-        return yaml.safe_dump(self.model_dump(), sort_keys=False)
 
 
 class _Loader(yaml.SafeLoader):
@@ -113,6 +124,32 @@ def builtin_recipes() -> dict[str, Path]:
     return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
 
 
+def builtin_suites() -> dict[str, Path]:
+    """Name -> file of the suites that come with the package."""
+    folder = Path(str(resources.files("hybridize") / "configs" / "suites"))
+    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+
+
+def load_suite(source: str | Path) -> Suite:
+    """Read a suite, which may name others among its probes and gates.
+
+    Args:
+        source: a file, or the name of a built-in suite.
+
+    Raises:
+        ConfigError: no such suite, bad YAML, an unknown key, a value of the wrong kind, or a suite that names itself.
+    """
+    return _load_suite(source, ())
+
+
+def _load_suite(source: str | Path, above: tuple[str, ...]) -> Suite:
+    if str(source) in above:
+        raise ConfigError(f"suite {source}: names itself ({' -> '.join([*above, str(source)])}); expected other suites")
+    data = _read(source, builtin_suites(), "suite", "name, evaluate, gates")
+    _spread_suites(data, (*above, str(source)))
+    return _validated(Suite, data, f"suite {source}")
+
+
 def load_recipe(source: str | Path, overrides: list[str] | None = None, config: Any = None) -> Recipe:
     """Read a recipe.
 
@@ -124,26 +161,44 @@ def load_recipe(source: str | Path, overrides: list[str] | None = None, config: 
     Raises:
         ConfigError: no such recipe, bad YAML, an unknown key or a value of the wrong kind.
     """
-    built_in = builtin_recipes()
+    data = _read(source, builtin_recipes(), "recipe", "name, plan, distill, ...")
+    _spread_suites(data)
+    if config is not None:
+        _settle_sizes(data, config, parse_recipe(data, str(source)).sizes)
+    for override in overrides or []:
+        _override(data, override)
+    _spread_suites(data)
+    return parse_recipe(data, str(source))
+
+
+def _read(source: str | Path, built_in: dict[str, Path], kind: str, keys: str) -> dict[str, Any]:
+    """The mapping in a YAML file, or in the built-in one of that name."""
     path = Path(source)
     if str(source) in built_in:
         path = built_in[str(source)]
     elif not path.is_file():
-        raise ConfigError(f"no recipe {str(source)!r}: neither a file nor built in. {suggest(str(source), sorted(built_in))}")
+        raise ConfigError(f"no {kind} {str(source)!r}: neither a file nor built in. {suggest(str(source), sorted(built_in))}")
     if path.stat().st_size > MAX_BYTES:
-        raise ConfigError(f"{path}: has {path.stat().st_size} bytes, expected a recipe of at most {MAX_BYTES}")
+        raise ConfigError(f"{path}: has {path.stat().st_size} bytes, expected a {kind} of at most {MAX_BYTES}")
     try:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: not UTF-8 at byte {error.start}, expected a YAML file") from error
     data = parse_yaml(text, str(path))
     if not isinstance(data, dict):
-        raise ConfigError(f"{path}: holds {type(data).__name__}, expected a mapping with name, plan, distill, ...")
-    if config is not None:
-        _settle_sizes(data, config, parse_recipe(data, str(source)).sizes)
-    for override in overrides or []:
-        _override(data, override)
-    return parse_recipe(data, str(source))
+        raise ConfigError(f"{path}: holds {type(data).__name__}, expected a mapping with {keys}")
+    return data
+
+
+def _spread_suites(data: dict[str, Any], above: tuple[str, ...] = ()) -> None:
+    """Put the probes and gates of suites where `evaluate` and `gates` name them."""
+    for key in ("evaluate", "gates"):
+        asked = data.get(key)
+        if isinstance(asked, str):
+            asked = [asked]
+        if isinstance(asked, list):
+            parts = [getattr(_load_suite(one, above), key) if isinstance(one, str) else [one] for one in asked]
+            data[key] = [one for part in parts for one in part]
 
 
 def _settle_sizes(data: dict[str, Any], config: Any, sizes: list[SizeSection]) -> None:
@@ -158,17 +213,21 @@ def _settle_sizes(data: dict[str, Any], config: Any, sizes: list[SizeSection]) -
 
 def parse_recipe(data: dict[str, Any], where: str) -> Recipe:
     """A checked Recipe from plain data. Raises ConfigError naming the key, what was found and what is known."""
+    return _validated(Recipe, data, f"recipe {where}")
+
+
+def _validated(kind: type[Model], data: dict[str, Any], where: str) -> Model:
     try:
-        return Recipe.model_validate(data)
+        return kind.model_validate(data)
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(str(part) for part in first["loc"])
         if first["type"] == "extra_forbidden":
-            known = DataSection if first["loc"][0] == "data" else Recipe
+            known = DataSection if first["loc"][0] == "data" else kind
             raise ConfigError(
-                f"recipe {where}: unknown key {place!r}. {suggest(place.split('.')[-1], sorted(known.model_fields))}"
+                f"{where}: unknown key {place!r}. {suggest(place.split('.')[-1], sorted(known.model_fields))}"
             ) from error
-        raise ConfigError(f"recipe {where}: {place}: {first['msg'].lower()}, got {first.get('input')!r}") from error
+        raise ConfigError(f"{where}: {place}: {first['msg'].lower()}, got {first.get('input')!r}") from error
 
 
 def text_sources(recipe: Recipe, data: str | Mapping[str, float] | None) -> str | Mapping[str, float]:

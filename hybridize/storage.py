@@ -194,6 +194,19 @@ def append_stream(path: Path) -> IO[str]:
         return open(path, "a", encoding="utf-8")
 
 
+def append_line(path: Path, line: str) -> None:
+    """Add a line to a file by one write, so that lines of several processes stay whole. One that a kill cut short ends there."""
+    with disk_errors(path):
+        handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
+        try:
+            # The line before may have been cut short; an empty one is nothing.
+            data = f"\n{line}\n".encode()
+            if os.write(handle, data) != len(data):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        finally:
+            os.close(handle)
+
+
 def to_json(value: Any) -> str:
     """The spelling of our JSON files: keys sorted, two spaces, newline at the end; NaN is refused."""
     return json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n"

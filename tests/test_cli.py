@@ -235,6 +235,10 @@ def test_keep_all_is_the_base_bit_for_bit(base, tmp_path):
         (["eval", "BASE", "--tasks", "no_such_task"], "no_such_task"),
         (["eval", "BASE"], "got no probes"),
         (["gate", "nothing.json", "--rule", "max_value perplexity 2"], "no such file"),
+        (["gate", "nothing.json", "--suite", "ofline"], "no suite 'ofline': neither a file nor built in. Did you mean 'offline'"),
+        (["eval", "BASE", "--suite", "ofline"], "Did you mean 'offline'"),
+        (["eval", "BASE", "--suite", "offline", "--task-data", "OUT", "--data", "t.txt"], "are for tasks of lm-eval; name some"),
+        (["recipes", "suites", "ofline"], "Did you mean 'offline'"),
         (["bench", "BASE", "--contexts", "x"], "expected numbers"),
         (["bench"], "neither DIR and --shape"),
         (["bench", "BASE", "--shape", "llama-3.2-1b"], "both DIR and --shape"),
@@ -298,5 +302,7 @@ def test_recipe_commands(capsys):
     assert "lighttransfer" in call("recipes", "ls", capsys=capsys)[1].out
     assert "window_tokens" in call("recipes", "show", "streaming", capsys=capsys)[1].out
     assert call("recipes", "validate", "mamba2")[0] == 0
+    assert "standard" in call("recipes", "suites", capsys=capsys)[1].out
+    assert "nll_at@*" in call("recipes", "suites", "offline", capsys=capsys)[1].out
     schema = json.loads(call("recipes", "schema", "--json", capsys=capsys)[1].out)
     assert "mamba2" in schema["components"]["mixers"]

@@ -111,7 +111,8 @@ def words_of(recipe, texts, out):
     changes |= FITTED.get(recipe, {})
     changes |= {
         "evaluate": "[{name: perplexity, context: 64, tokens: 512}, {name: state_bytes, contexts: [64]}]",
-        "gates.0.max": 1e9, "gates.1.max": 1e9, "data.calibration_tokens": 1024, "data.calibration_seq_tokens": 64,
+        "gates": "[{name: max_ratio, metric: perplexity, max: 1e9}, {name: max_ratio, metric: state_bytes, max: 1e9}]",
+        "data.calibration_tokens": 1024, "data.calibration_seq_tokens": 64,
         "data.held_out_share": 0.2,
     }  # fmt: skip
     words = ["run", recipe, "--base", "demo", "--data", str(text), "--out", str(out)]

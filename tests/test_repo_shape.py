@@ -26,7 +26,7 @@ RANK = {
     "cli": 7, "__main__": 8,
 }  # fmt: skip
 # Started by torchrun, these only hand over to the command line.
-STARTERS = {"distill/__main__.py"}
+STARTERS = {"distill/__main__.py", "eval/__main__.py"}
 FILES = sorted(path.relative_to(PACKAGE) for path in PACKAGE.rglob("*.py"))
 TABLES = [MIXERS, CONVERSIONS, SCORES, LOSSES, STAGES, PROBES, GATES]
 

@@ -13,6 +13,7 @@ from hybridize.cli.shared import (
     CacheOpt,
     DataOpt,
     DirArg,
+    MeasuredOpt,
     MemoryOpt,
     MfuOpt,
     OutOpt,
@@ -289,6 +290,7 @@ def run(
     mfu: MfuOpt = 0.4,
     peak_tflops: PeakOpt = 989.0,
     teacher: TeacherOpt = None,
+    cache: MeasuredOpt = None,
     resume: ResumeOpt = False,
     set_: SetOpt = [],  # noqa: B006
 ) -> None:
@@ -302,7 +304,7 @@ def run(
     if dry_run:
         _preview(recipe, set_, base, scores, machine, teacher)
     else:
-        _run(recipe, set_, base, data, out, held_out, resume, scores, machine, teacher)
+        _run(recipe, set_, base, data, out, held_out, resume, scores, machine, teacher, cache)
 
 
 def _preview(recipe: str, set_: list[str], base: str, scores: Path | None, machine: Any, teacher: str | None) -> None:
@@ -320,7 +322,7 @@ def _preview(recipe: str, set_: list[str], base: str, scores: Path | None, machi
 
 def _run(
     recipe: str, set_: list[str], base: str, data: str | None, out: Path, held_out: str | None, resume: bool,
-    scores: Path | None = None, machine: Any = None, teacher: str | None = None,
+    scores: Path | None = None, machine: Any = None, teacher: str | None = None, cache: Path | None = None,
 ) -> None:  # fmt: skip
     from hybridize.checkpoint import describe_base
     from hybridize.hub import resolve_base
@@ -337,7 +339,8 @@ def _run(
     folder = resolve_base(base)
     chosen = shared.load(recipe, set_, describe_base(folder).config)
     result = run_all(chosen, folder, data, out, held_out=held_out, resume=resume, progress=shared.screen.progress,
-                     scores=shared.read_scores(scores), machine=machine, announce=announce, teacher=teacher)  # fmt: skip
+                     scores=shared.read_scores(scores), machine=machine, announce=announce, teacher=teacher,
+                     cache=cache)  # fmt: skip
     shared.screen.say("")
     shared.screen.table(result.table())
     shared.screen.say(f"\nreport: {result.html}")

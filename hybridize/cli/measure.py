@@ -1,12 +1,13 @@
 """The verbs that measure quality: score, eval, gate, report."""
 
+import os
 from pathlib import Path
 from typing import Annotated, Any, Optional
 
 import typer
 
 from hybridize.cli import shared
-from hybridize.cli.shared import BaseArg, RecipeOpt, SetOpt, TextOpt, cli
+from hybridize.cli.shared import BaseArg, MeasuredOpt, RecipeOpt, SetOpt, SuiteOpt, TextOpt, cli
 from hybridize.errors import ConfigError
 
 
@@ -65,16 +66,21 @@ def eval_(
     checkpoint: Annotated[str, typer.Argument(metavar="DIR", help="Directory of a base or hybrid.")],
     out: Annotated[Optional[Path], typer.Option("--out", help="Write the report as JSON.")] = None,  # noqa: UP045
     tasks: Annotated[Optional[str], typer.Option(help="lm-eval tasks, with commas between.")] = None,  # noqa: UP045
+    task_data: Annotated[Optional[Path], typer.Option(help="Directory of data sets: arc_easy/test.jsonl, blimp/*.jsonl.")] = None,  # noqa: UP045
     include_path: Annotated[Optional[Path], typer.Option(help="Directory of your own lm-eval YAML tasks.")] = None,  # noqa: UP045
     recipe: RecipeOpt = None,
+    suite: SuiteOpt = None,
     data: TextOpt = None,
     base: Annotated[Optional[str], typer.Option(help="For probes that compare. Default: the hybrid's own.")] = None,  # noqa: UP045
     limit: Annotated[Optional[int], typer.Option(help="At most so many items in each probe.")] = None,  # noqa: UP045
+    cache: MeasuredOpt = None,
     set_: SetOpt = [],  # noqa: B006
 ) -> None:
     """Measure a checkpoint with probes and lm-eval tasks.
 
-    A recipe's probes, --tasks of lm-eval, or perplexity on --data alone.
+    A recipe's probes, a suite's, --tasks of lm-eval, or perplexity on --data alone. With --cache, one that was stopped goes on.
+
+    Several processes share lm-eval's documents: torchrun --nproc_per_node N -m hybridize.eval DIR ...
     """
     from hybridize.checkpoint import open_checkpoint
     from hybridize.eval import comparison_table, evaluate
@@ -87,15 +93,25 @@ def eval_(
     if recipe is not None:
         chosen = shared.load(recipe, set_)
         probes, seed = list(chosen.evaluate), chosen.seed
+    probes += shared.suite_of(suite, "evaluate")
     if tasks is not None:
-        where = {"include_path": str(include_path)} if include_path is not None else {}
-        probes.append({"name": "lm_eval", "tasks": [t.strip() for t in tasks.split(",") if t.strip()], **where})
+        probes.append({"name": "lm_eval", "tasks": [t.strip() for t in tasks.split(",") if t.strip()]})
+    folders = {"data_dir": task_data, "include_path": include_path}
+    where = {name: str(folder) for name, folder in folders.items() if folder is not None}
+    if where and not any(probe["name"] == "lm_eval" for probe in probes):
+        raise ConfigError("--task-data and --include-path are for tasks of lm-eval; name some with --tasks, a suite or a recipe")
+    # What a recipe says of its own task stands.
+    probes = [{**where, **probe} if probe["name"] == "lm_eval" else probe for probe in probes]
     if not probes and data is not None:
         probes = [{"name": "perplexity"}]
     against = resolve_base(base) if base is not None else None
     if against is None:
         against = Path(read_lineage(folder)["base"]["location"]) if open_checkpoint(folder).is_hybrid else folder
-    report = evaluate(folder, probes, data, base=against, out=out, seed=seed, limit=limit, progress=shared.screen.progress)
+    main = os.environ.get("RANK", "0") == "0"
+    report = evaluate(folder, probes, data, base=against, out=out, seed=seed, limit=limit,
+                      progress=shared.screen.progress if main else None, cache=cache)  # fmt: skip
+    if not main:
+        return
     shared.screen.table(comparison_table({folder.name or checkpoint: report}))
     shared.screen.result(report.to_dict())
 
@@ -105,11 +121,15 @@ def gate(
     report: Annotated[Path, typer.Argument(help="A report.json.")],
     baseline: Annotated[Optional[Path], typer.Option(help="The report to compare with.")] = None,  # noqa: UP045
     recipe: RecipeOpt = None,
+    suite: SuiteOpt = None,
     rule: Annotated[list[str], typer.Option(help="Such as 'max_ratio perplexity 1.05'.")] = [],  # noqa: B006
     out: Annotated[Optional[Path], typer.Option("--out", help="Write the verdict as JSON.")] = None,  # noqa: UP045
     set_: SetOpt = [],  # noqa: B006
 ) -> None:
-    """Judge a report against a baseline. Exit code 1 when a gate fails."""
+    """Judge a report against a baseline: a recipe's gates, a suite's, or --rule.
+
+    Exit code 1 when a gate fails, 2 when there is nothing to judge by.
+    """
     from hybridize.core import Report
     from hybridize.eval import gate as judge
     from hybridize.eval import parse_rule
@@ -117,6 +137,7 @@ def gate(
     gates = [parse_rule(text) for text in rule]
     if recipe is not None:
         gates += shared.load(recipe, set_).gates
+    gates += shared.suite_of(suite, "gates")
     verdict = judge(Report.read(report), None if baseline is None else Report.read(baseline), gates, out)
     shared.show_verdict(verdict)
     shared.screen.result(verdict.to_dict())

@@ -1,14 +1,14 @@
 """The recipes: list, show, validate, schema."""
 
 import dataclasses
-from typing import Annotated
+from typing import Annotated, Optional
 
 import typer
 
 from hybridize.cli import shared
 from hybridize.cli.shared import SetOpt, cli
 
-recipes = typer.Typer(no_args_is_help=True, help="The recipes: list, show, validate, or print their schema.")
+recipes = typer.Typer(no_args_is_help=True, help="The recipes: list, show, validate, or print their schema; the suites.")
 cli.add_typer(recipes, name="recipes")
 
 
@@ -36,6 +36,21 @@ def recipes_validate(file: Annotated[str, typer.Argument(help="A recipe file.")]
     recipe = shared.load(file, set_)
     shared.screen.say(f"{file}: valid ({len(recipe.distill)} stages, {len(recipe.evaluate)} probes, {len(recipe.gates)} gates)")
     shared.screen.result({"valid": True, "name": recipe.name})
+
+
+@recipes.command("suites")
+def recipes_suites(name: Annotated[Optional[str], typer.Argument(help="Print this one.")] = None) -> None:  # noqa: UP045
+    """List the suites of probes and gates that recipes, eval and gate may name, or print one."""
+    from hybridize.recipe import builtin_suites, load_suite
+
+    if name is not None:
+        suite = load_suite(name)
+        shared.screen.say(suite.resolved().rstrip())
+        shared.screen.result(suite.model_dump())
+        return
+    found = {name: load_suite(name).about for name in builtin_suites()}
+    shared.screen.table([["suite", "what it measures and judges"], *([name, about] for name, about in found.items())])
+    shared.screen.result(found)
 
 
 @recipes.command("schema")

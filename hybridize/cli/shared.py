@@ -3,7 +3,7 @@
 import dataclasses
 import os
 from pathlib import Path
-from typing import Annotated, Any, Optional
+from typing import Annotated, Any, Literal, Optional
 
 import typer
 
@@ -25,6 +25,7 @@ screen = Screen()
 BaseArg = Annotated[str, typer.Argument(metavar="BASE", help="Directory, hub id, alias such as llama-3-8b, or 'demo'.")]
 DirArg = Annotated[Path, typer.Argument(metavar="DIR", help="Directory of a checkpoint.")]
 RecipeOpt = Annotated[Optional[str], typer.Option("--recipe", help="A recipe file, or the name of a built-in one.")]  # noqa: UP045
+SuiteOpt = Annotated[Optional[str], typer.Option("--suite", help="Probes and gates: offline, standard, or a file.")]  # noqa: UP045
 SetOpt = Annotated[list[str], typer.Option("--set", metavar="KEY=VALUE", help="Override a recipe key: plan.keep=all.")]
 DataOpt = Annotated[
     Optional[str],  # noqa: UP045
@@ -34,6 +35,10 @@ TextOpt = Annotated[Optional[str], typer.Option("--data", metavar="TEXT", help="
 CacheOpt = Annotated[
     Optional[Path],  # noqa: UP045
     typer.Option("--token-cache", help="Folder that keeps the tokens of texts, for other runs to use."),
+]
+MeasuredOpt = Annotated[
+    Optional[Path],  # noqa: UP045
+    typer.Option("--cache", help="Folder that keeps reports and answers, so that the same is measured once."),
 ]
 ScoresOpt = Annotated[Optional[Path], typer.Option("--scores", help="A scores.json, for ranks that follow it.")]  # noqa: UP045
 MemoryOpt = Annotated[Optional[float], typer.Option(help="GB of a process's device. Default: what is here.")]  # noqa: UP045
@@ -61,6 +66,13 @@ def load(source: str | None, overrides: list[str], config: Any = None) -> Any:
     recipe = load_recipe(source, overrides, config)
     check_components(recipe)
     return recipe
+
+
+def suite_of(source: str | None, part: Literal["evaluate", "gates"]) -> list[dict[str, Any]]:
+    """The probes or gates of a suite, none for no suite. Raises ConfigError when it cannot be used."""
+    from hybridize.recipe import load_suite
+
+    return [] if source is None else list(getattr(load_suite(source), part))
 
 
 def read_scores(path: Path | None) -> Any:
@@ -93,7 +105,12 @@ def show_plan(plan: Any) -> None:
 
 
 def show_verdict(verdict: Any) -> None:
-    """Print each gate with its value and limit, then PASS or FAIL."""
+    """Print the gates with their values and limits, what each found, then PASS or FAIL."""
+    rows = [["gate", "value", "limit", ""]]
+    for result in verdict.gates:
+        numbers = ["" if number is None else f"{number:.6g}" for number in (result.value, result.limit)]
+        rows.append([result.name, *numbers, "pass" if result.passed else "FAIL"])
+    screen.table(rows)
     for result in verdict.gates:
         screen.say(f"{'pass' if result.passed else 'FAIL'}  {result.name}: {result.detail}")
     screen.say("PASS" if verdict.passed else "FAIL")

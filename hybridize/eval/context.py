@@ -59,6 +59,10 @@ class EvalContext:
     limit: int | None = None
     """At most so many items (blocks, prompts, documents) in each probe."""
     progress: Progress | None = None
+    accelerator: Any = None
+    """The processes that measure together, as Accelerate knows them; None for one alone."""
+    answers: Path | None = None
+    """Folder for what this very model answers, on this device and these versions; None keeps nothing."""
 
     @functools.cached_property
     def base(self) -> Any:
@@ -66,6 +70,11 @@ class EvalContext:
         if self.load_base is None:
             raise ConfigError("eval: a probe compares with the base, got no base. Name it with --base")
         return self.load_base()
+
+    @property
+    def rank(self) -> int:
+        """Number of this process; probes that are not divided run in 0 alone."""
+        return 0 if self.accelerator is None else self.accelerator.process_index
 
     @property
     def device(self) -> torch.device:
@@ -79,9 +88,14 @@ class EvalContext:
     @property
     def usual_tokens(self) -> int:
         """Tokens of a block where none are asked for: at most 1024, and the base's context where the model's was stretched."""
+        return min(self.trained_tokens, 1024)
+
+    @property
+    def trained_tokens(self) -> int:
+        """The longest context that the model was trained for; its base's where it was stretched, so that both are asked alike."""
         config = self.model.config
         original = (config.rope_parameters or {}).get("original_max_position_embeddings", config.max_position_embeddings)
-        return min(config.max_position_embeddings, original, 1024)
+        return min(config.max_position_embeddings, original)
 
     def need_text(self, probe: str) -> Tokens:
         if self.text is None:
@@ -105,6 +119,17 @@ class EvalContext:
     def tell(self, label: str, done: float, total: float) -> None:
         if self.progress is not None:
             self.progress(label, done, total)
+
+
+def merged(results: list[ProbeResult]) -> ProbeResult:
+    """Several results as one; their metrics differ in name."""
+    return ProbeResult(
+        metrics={name: metric for result in results for name, metric in result.metrics.items()},
+        samples={name: scores for result in results for name, scores in result.samples.items()},
+        item_hashes={name: text for result in results for name, text in result.item_hashes.items()},
+        items={name: items for result in results for name, items in result.items.items()},
+        versions={name: version for result in results for name, version in result.versions.items()},
+    )
 
 
 def item_hash(items: Tensor | list[str]) -> str:

@@ -3,12 +3,11 @@
 from pathlib import Path
 from typing import Any
 
-from hybridize.core import Report, Verdict
+from hybridize.core import GateResult, Report, Verdict
 from hybridize.errors import ConfigError
 from hybridize.eval.gates import GATES
+from hybridize.eval.gates.paired import OtherItemsError
 from hybridize.storage import write_json
-
-BASELINE_GATES = ("max_ratio", "recovery")
 
 
 def gate(report: Report, baseline: Report | None, gates: list[dict[str, Any]], out: Path | None = None) -> Verdict:
@@ -28,12 +27,22 @@ def gate(report: Report, baseline: Report | None, gates: list[dict[str, Any]], o
     """
     if not gates:
         raise ConfigError("gate: got no gates, expected at least one. Give a recipe with gates, or --rule")
-    built = [(spec["name"], GATES.build(spec)) for spec in gates]
+    built = [(spec, GATES.build(spec)) for spec in gates]
     results = []
-    for name, check in built:
-        if baseline is None and name in BASELINE_GATES:
+    for spec, check in built:
+        name = spec["name"]
+        if baseline is None and check.compares:
             raise ConfigError(f"gate {name!r} compares with a baseline, got none. Name it with --baseline")
-        results.append(check(report, baseline))
+        try:
+            results.append(check(report, baseline))
+        except OtherItemsError:
+            # Another tokenizer makes other items of the same text: that is a finding. Without one it is a mistake.
+            if baseline is None or report.versions.get("tokenizer") == baseline.versions.get("tokenizer"):
+                raise
+            detail = "not judged: the tokenizer is not the baseline's, so that the same text gives other items."
+            metrics = [*([spec["metric"]] if "metric" in spec else []), *spec.get("tasks", []), *spec.get("metrics", [])]
+            name = f"{name} {','.join(metrics)}".strip()
+            results.append(GateResult(name=name, passed=False, value=None, limit=None, detail=detail))
     verdict = Verdict(passed=all(result.passed for result in results), gates=tuple(results))
     if out is not None:
         write_json(Path(out), verdict.to_dict())

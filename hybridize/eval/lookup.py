@@ -36,6 +36,18 @@ def resolve(name: str, reports: dict[str, Report]) -> str:
     raise ConfigError(f"metric {name!r} is at no length that both {' and '.join(reports)} have; measure both alike")
 
 
+def resolve_all(name: str, reports: dict[str, Report]) -> list[str]:
+    """As `resolve`; `name@*` is every `name@N` that all reports hold, by N. Raises ConfigError where there is none."""
+    if not name.endswith("@*"):
+        return [resolve(name, reports)]
+    found = [family(report, name.removesuffix("@*")) for report in reports.values()]
+    shared = sorted(set.intersection(*map(set, found)))
+    if not shared:
+        resolve(name.removesuffix("@*"), reports)
+        raise ConfigError(f"metric {name!r} is at no length in {' and '.join(reports)}; leave the @* away")
+    return [found[0][length] for length in shared]
+
+
 def metric(report: Report, name: str) -> tuple[str, Metric]:
     """A metric of one report and its full name. Raises ConfigError as `resolve`."""
     full = resolve(name, {"report": report})

@@ -15,6 +15,7 @@ from hybridize.checkpoint import load_model  # noqa: E402
 from hybridize.errors import ConfigError, DataError, MissingDependencyError  # noqa: E402
 from hybridize.eval import PROBES  # noqa: E402
 from hybridize.eval.probes.lm_eval import LmEval  # noqa: E402
+from tests.eval.sets import write_sets  # noqa: E402
 from tests.eval.toys import context_of  # noqa: E402
 
 TASK = """
@@ -97,8 +98,24 @@ def test_unknown_names_are_refused_at_once(tasks):
         PROBES.build({"name": "lm_eval", "tasks": [name]})
     with pytest.raises(ConfigError, match="folder of YAML tasks"):
         PROBES.build({"name": "lm_eval", "tasks": ["a"], "include_path": str(tasks / "nowhere")})
+    with pytest.raises(ConfigError, match="data_dir is .*nowhere', expected a folder of data sets"):
+        PROBES.build({"name": "lm_eval", "tasks": ["piqa"], "data_dir": str(tasks / "nowhere")})
     with pytest.raises(ConfigError, match="tasks is empty"):
         PROBES.build({"name": "lm_eval", "tasks": []})
+
+
+def test_names_of_a_local_folder(tmp_path, monkeypatch):
+    monkeypatch.setattr("hybridize.eval.probes.lm_eval._builtin_text", lambda: "task: toughest")
+    sets = str(write_sets(tmp_path))
+    for name in ("blimp", "blimp_tough", "mmlu_astronomy", "gsm8k", "tinystories_cloze"):
+        PROBES.build({"name": "lm_eval", "tasks": [name], "data_dir": sets})
+    with pytest.raises(ConfigError, match=r"'blimp_tought'. Did you mean 'blimp_tough'.*Known in .*: arc_challenge, ") as caught:
+        PROBES.build({"name": "lm_eval", "tasks": ["arc_easy", "blimp_tought"], "data_dir": sets})
+    assert "\n" not in str(caught.value)
+    with pytest.raises(
+        ConfigError, match=r"'tinystories_cloze' is read from tinystories_cloze/\*.jsonl in the folder that data_dir"
+    ):
+        PROBES.build({"name": "lm_eval", "tasks": ["tinystories_cloze"]})
 
 
 def test_without_lm_eval_the_pip_line_is_given(tokenizer, tasks, monkeypatch):

@@ -90,9 +90,11 @@ def test_kl_is_from_the_base_to_the_model(base, model, tokenizer):
     with torch.no_grad():
         p = torch.distributions.Categorical(logits=model(ids).logits)
         q = torch.distributions.Categorical(logits=other(ids).logits)
-    got, same = divergence(model, other, ids)
+    got, wanted, given = divergence(model, other, ids)
     assert_close(got, torch.distributions.kl_divergence(p, q), "fp32", grad=True)
-    assert same.all()
+    with torch.no_grad():
+        assert torch.equal(wanted, model(ids).logits.argmax(-1))
+        assert torch.equal(given, other(ids).logits.argmax(-1))
     with pytest.raises(AssertionError):
         assert_close(got, torch.distributions.kl_divergence(q, p), "fp32", grad=True)
 
@@ -108,7 +110,9 @@ def test_logits_in_small_pieces_change_nothing(base, model, tokenizer, monkeypat
 def test_recall_of_a_model_that_knows_and_of_ones_that_do_not(model, tokenizer):
     probe = Recall(pairs=[2, 4], samples=6, queries=4)
     result = probe(context_of(CopyingModel(), tokenizer))
-    assert {name: metric.value for name, metric in result.metrics.items()} == {"recall@2": 1, "recall@4": 1}
+    values = {name: metric.value for name, metric in result.metrics.items()}
+    certain = math.log(1 + (VOCAB - 1) / math.e)
+    assert values == pytest.approx({"recall@2": 1, "recall@4": 1, "recall_nll@2": certain, "recall_nll@4": certain})
     # One that remembers "=" but not whose it was answers with the last value it saw.
     assert probe(context_of(CopyingModel(longest=1), tokenizer)).metrics["recall@4"].value < 0.5
     assert probe(context_of(model, tokenizer)).metrics["recall@4"].value < 0.1
@@ -191,9 +195,13 @@ def test_evaluate_writes_what_it_returns(base, tmp_path):
     )  # fmt: skip
     assert json.loads((tmp_path / "report.json").read_text()) == report.to_dict()
     assert report.metrics["perplexity"].samples == 4
+    lines = [json.loads(line) for line in (tmp_path / "report.items.jsonl").read_text().splitlines()]
+    assert [line["metric"] for line in lines] == ["perplexity"] * 4 + ["kl_to_base"] * 4 + ["top1_agreement"] * 4
+    assert all("The fox saw" in line["prompt"] for line in lines[:4])
+    assert all(line["expected"] == line["given"] for line in lines)
     assert report.metrics["kl_to_base"].value == 0
     assert {"torch", "dtype", "device"} <= set(report.versions)
-    assert seen[-1] == ("kl_to_base", 4, 4)
+    assert seen[-2:] == [("kl_to_base", 4, 4), ("all probes", 2, 2)]
 
 
 @pytest.mark.parametrize(

@@ -1,12 +1,13 @@
 """What the tests measure: a small tokenizer and text, tiny hybrids, and a model that knows every answer."""
 
+from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import nn
-from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoTokenizer, GenerationMixin, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
 from hybridize.data import Tokens, tokenize
 from hybridize.eval.context import EvalContext
@@ -57,24 +58,55 @@ def toy_text(tokenizer) -> Tokens:
     return tokenize(tokenizer, DOCUMENTS)
 
 
-class CopyingModel:
-    """Foretells the token that followed the longest earlier match of the text so far, of at most `longest` tokens."""
+class _Reader(nn.Module):
+    """One-hot of the token foretold at each place; a cache holds the tokens themselves."""
 
-    def __init__(self, longest: int = 1000):
-        self.longest = longest
-        self.device = torch.device("cpu")
-        self.config = SimpleNamespace(max_position_embeddings=256, vocab_size=VOCAB, bos_token_id=1)
+    def __init__(self, guess: Callable[[list[int]], int]):
+        super().__init__()
+        self.guess = guess
+
+    def forward(self, input_ids, past_key_values=None, use_cache=False, **_):
+        seen = input_ids
+        if past_key_values is not None:
+            kept = input_ids[:, None, :, None].float()
+            seen = past_key_values.update(kept, kept, 0)[0][:, 0, :, 0].long()
+        before = seen.shape[1] - input_ids.shape[1]
+        rows = [[self.guess(row[: t + 1]) for t in range(before, len(row))] for row in seen.tolist()]
+        hidden = nn.functional.one_hot(torch.tensor(rows), VOCAB).float()
+        return BaseModelOutputWithPast(last_hidden_state=hidden, past_key_values=past_key_values)
+
+
+class Foretelling(PreTrainedModel, GenerationMixin):
+    """A model of transformers, with a cache and `generate`, that is certain of one next token."""
+
+    config_class = PreTrainedConfig
+    base_model_prefix = "reader"
+
+    def __init__(self, guess: Callable[[list[int]], int]):
+        super().__init__(PreTrainedConfig(num_hidden_layers=1, vocab_size=VOCAB, bos_token_id=1))
+        self.config.max_position_embeddings = 256
+        self.config.rope_parameters = None
+        self.reader = _Reader(guess)
         self.head = nn.Linear(VOCAB, VOCAB, bias=False)
         nn.init.eye_(self.head.weight)
 
     def get_output_embeddings(self) -> nn.Module:
         return self.head
 
-    def base_model(self, input_ids, use_cache):
-        rows = [[self.guess(row[: t + 1]) for t in range(len(row))] for row in input_ids.tolist()]
-        return SimpleNamespace(last_hidden_state=nn.functional.one_hot(torch.tensor(rows), VOCAB).float())
+    def forward(self, input_ids, logits_to_keep=0, **inputs):
+        out = self.reader(input_ids, **inputs)
+        logits = self.head(out.last_hidden_state[:, -logits_to_keep:])
+        return CausalLMOutputWithPast(logits=logits, past_key_values=out.past_key_values)
 
-    def guess(self, seen: list[int]) -> int:
+
+class CopyingModel(Foretelling):
+    """Foretells the token that followed the longest earlier match of the text so far, of at most `longest` tokens."""
+
+    def __init__(self, longest: int = 1000):
+        super().__init__(self.last_match)
+        self.longest = longest
+
+    def last_match(self, seen: list[int]) -> int:
         best, answer = 0, 0
         for stop in range(1, len(seen)):
             length = 0
@@ -83,6 +115,17 @@ class CopyingModel:
             if length >= best and length > 0:
                 best, answer = length, seen[stop]
         return answer
+
+
+class Parrot(Foretelling):
+    """Knows some rows by heart, and says 0 to all else."""
+
+    def __init__(self, rows: list[list[int]]):
+        super().__init__(self.known)
+        self.rows = rows
+
+    def known(self, seen: list[int]) -> int:
+        return next((row[len(seen)] for row in self.rows if row[: len(seen)] == seen and len(row) > len(seen)), 0)
 
 
 def context_of(model, tokenizer, **fields) -> EvalContext:

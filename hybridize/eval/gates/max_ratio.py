@@ -17,6 +17,7 @@ class MaxRatio:
     max: float
 
     rule: ClassVar[tuple[str, ...]] = ("metric", "max")
+    compares: ClassVar[bool] = True
 
     def __call__(self, report: Report, baseline: Report) -> GateResult:
         """Judge. Raises ConfigError when the metric is in one of them only, or the baseline's is not above 0."""

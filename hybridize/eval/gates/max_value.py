@@ -16,6 +16,7 @@ class MaxValue:
     max: float
 
     rule: ClassVar[tuple[str, ...]] = ("metric", "max")
+    compares: ClassVar[bool] = False
 
     def __call__(self, report: Report, baseline: Report | None) -> GateResult:
         """Judge. Raises ConfigError when the report has no such metric."""

@@ -4,7 +4,8 @@ from dataclasses import dataclass
 
 from hybridize.data import eval_blocks
 from hybridize.errors import ConfigError
-from hybridize.eval.context import EvalContext, ProbeResult, item_hash, mean_metric
+from hybridize.eval.answers import item_of
+from hybridize.eval.context import EvalContext, Item, ProbeResult, item_hash, mean_metric
 from hybridize.eval.scoring import batches, divergence
 
 
@@ -23,7 +24,8 @@ class KlToBase:
         """Measure.
 
         Returns:
-            `kl_to_base` in nats per token and `top1_agreement`, each with its stderr over blocks; samples per block.
+            `kl_to_base` in nats per token and `top1_agreement`, each with its stderr over blocks; samples per block. An item
+            is the place of its block where both differ most: what the base, and what the model would choose.
 
         Raises:
             ConfigError: no text, no base, or a base of another vocabulary.
@@ -39,17 +41,26 @@ class KlToBase:
             )
         kls: list[float] = []
         agreements: list[float] = []
+        items: list[Item] = []
         for part in batches(blocks, self.batch_tokens):
-            kl, same = divergence(base, model, part)
+            kl, wanted, given = divergence(base, model, part)
             kls += kl.double().mean(dim=1).tolist()
-            agreements += same.double().mean(dim=1).tolist()
+            agreements += (wanted == given).double().mean(dim=1).tolist()
+            if context.tokenizer is not None:
+                worst = kl.argmax(dim=1).tolist()
+                rows = zip(part.tolist(), worst, wanted, given, strict=True)
+                items += [
+                    item_of(context.tokenizer, row[: at + 1], [theirs[at : at + 1]], [ours[at : at + 1]])
+                    for row, at, theirs, ours in rows
+                ]
             context.tell("kl_to_base", len(kls), len(blocks))
-        items = item_hash(blocks)
+        both = {"kl_to_base": kls, "top1_agreement": agreements}
         return ProbeResult(
             metrics={
                 "kl_to_base": mean_metric(kls, "nats per token", False),
                 "top1_agreement": mean_metric(agreements, "share of tokens", True),
             },
-            samples={"kl_to_base": kls, "top1_agreement": agreements},
-            item_hashes={"kl_to_base": items, "top1_agreement": items},
+            samples=both,
+            item_hashes=dict.fromkeys(both, item_hash(blocks)),
+            items=dict.fromkeys(both, items) if items else {},
         )

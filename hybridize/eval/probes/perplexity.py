@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from hybridize.core import Metric
 from hybridize.data import eval_blocks
 from hybridize.errors import CheckpointError, ConfigError
-from hybridize.eval.context import EvalContext, ProbeResult, item_hash, mean_metric
+from hybridize.eval.answers import item_of
+from hybridize.eval.context import EvalContext, ProbeResult, item_hash, mean_metric, merged
 from hybridize.eval.scoring import batches, token_nll
 
 
@@ -35,7 +36,7 @@ class Perplexity:
 
         Returns:
             `perplexity` (stderr by the delta method over blocks), `bits_per_byte` (at the bytes per token
-            of the whole text); samples are the mean -log p of each block, in nats.
+            of the whole text); samples are the mean -log p of each block, in nats; an item is the block's text.
 
         Raises:
             ConfigError: no text, or a block longer than the model's context.
@@ -45,11 +46,7 @@ class Perplexity:
         results = [self._at(context, length, f"@{length}") for length in self.contexts or []]
         if self.contexts is None:
             results = [self._at(context, default, "")]
-        return ProbeResult(
-            metrics={name: metric for result in results for name, metric in result.metrics.items()},
-            samples={name: values for result in results for name, values in result.samples.items()},
-            item_hashes={name: text for result in results for name, text in result.item_hashes.items()},
-        )
+        return merged(results)
 
     def _at(self, context: EvalContext, length: int, suffix: str) -> ProbeResult:
         context.need_context("perplexity", length)
@@ -69,6 +66,7 @@ class Perplexity:
         value = math.exp(nll.value)
         per_byte = len(text.ids) / text.text_bytes / math.log(2)
         spread = None if nll.stderr is None else nll.stderr * value
+        shown = [item_of(context.tokenizer, block, [], []) for block in blocks.tolist()] if context.tokenizer is not None else []
         bits = Metric(
             value=nll.value * per_byte,
             stderr=None if nll.stderr is None else nll.stderr * per_byte,
@@ -82,4 +80,5 @@ class Perplexity:
             },
             samples={f"perplexity{suffix}": means},
             item_hashes={f"perplexity{suffix}": item_hash(blocks)},
+            items={f"perplexity{suffix}": shown} if shown else {},
         )
