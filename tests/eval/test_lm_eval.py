@@ -79,6 +79,16 @@ def test_a_local_task(base, tokenizer, tasks):
     assert fewer.item_hashes["toy_choice/acc"] != result.item_hashes["toy_choice/acc"]
 
 
+def test_a_task_of_ones_own_hides_one_that_is_shipped(base, tokenizer, tasks, tmp_path):
+    mine = (tasks / "toy_choice.yaml").read_text()
+    (tasks / "toy_choice.yaml").write_text(mine.replace("task: toy_choice", "task: piqa"))
+    sets = write_sets(tmp_path / "sets")
+    for folder, samples in ((str(tasks), 12), (None, 1)):
+        probe = LmEval(tasks=["piqa", "boolq"], data_dir=str(sets), include_path=folder)
+        result = probe(context_of(load_model(base, torch.float32), tokenizer))
+        assert (result.metrics["piqa/acc"].samples, result.metrics["boolq/acc"].samples) == (samples, 2)
+
+
 def test_data_that_cannot_be_read_is_one_line(base, tokenizer, tasks):
     (tasks / "toy.jsonl").unlink()
     probe = LmEval(tasks=["toy_choice"], include_path=str(tasks))

@@ -215,7 +215,6 @@ def test_a_tokenizer_that_merges_prompt_and_answer(shared_data):
 REFERENCE = [
     ("tinystories-656k", "tinystories_cloze", None, 16, (106 / 279, 116 / 279)),
     ("tinystories-656k", "hellaswag", 200, 16, (55 / 200, 61 / 200)),
-    ("stories260K", "arc_easy_validation", None, 32, (80 / 285, 67 / 285)),
     ("stories260K", "blimp", 200, 64, (1763 / 2400,)),
 ]
 

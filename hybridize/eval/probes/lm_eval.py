@@ -299,16 +299,19 @@ def read_item(task: Any, sample: dict[str, Any], metric: str) -> Item:
     arguments, answers, wanted = sample["arguments"], sample["filtered_resps"], sample["target"]
     prompt = str(arguments[0][0])
     if task.OUTPUT_TYPE == "multiple_choice":
-        choices = task.doc_to_choice(sample["doc"])
-        shown = [answer for _, answer in arguments[: len(choices)]]
+        if "acc_mutual_info" in sample["metrics"]:
+            arguments = arguments[: len(arguments) // 2]  # behind them the choices without their prompt
+        shown = [answer for _, answer in arguments]
+        choices = [answer.removeprefix(task.config.target_delimiter) for answer in shown]
         if task.multiple_input:
             # The choice lies in the prompt, and all continue alike: what they share is what was shown.
-            wanted = task.doc_to_text(sample["doc"])
-            whole = [before + answer for before, answer in arguments[: len(choices)]]
+            wanted, choices = task.doc_to_text(sample["doc"]), task.doc_to_choice(sample["doc"])
+            whole = [before + answer for before, answer in arguments]
             prompt = os.path.commonprefix(whole)
             shown = [text.removeprefix(prompt) for text in whole]
         lengths = {"acc_norm": [len(choice) for choice in choices], "acc_bytes": [len(choice.encode()) for choice in choices]}
-        scores = [answer[0] / size for answer, size in zip(answers, lengths.get(metric, [1] * len(choices)), strict=False)]
+        sizes = lengths.get(metric, [1] * len(choices))
+        scores = [answer[0] / size if size else -math.inf for answer, size in zip(answers, sizes, strict=False)]
         given = shown[scores.index(max(scores))]
         right = wanted if isinstance(wanted, list) else [wanted]
         expected = " or ".join(shown[place] if isinstance(place, int) else str(place) for place in right)
