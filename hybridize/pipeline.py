@@ -1,7 +1,7 @@
 """run: the verbs in order, each skipped when its output already matches. No scheduler, no state but the directory.
 
 WORK/recipe.yaml  plan.json  converted/  distilled/  report-base.json  report-converted.json  report.json
-     verdict.json  report.html  tokens/
+     verdict.json  report.html  report.md  report.all.json  tokens/  scores.json (where the plan follows them)
 """
 
 import dataclasses
@@ -288,6 +288,8 @@ def run(
     if machine is not None:
         refuse(costs, machine)
     _claim(out, recipe, plan)
+    if scores is not None:
+        write_json(out / "scores.json", scores.to_dict())
     share = recipe.data.held_out_share
     train, test = split_text(load_tokenizer(base), sources, held_out, share, out / "tokens", progress)
     if teacher is not None and stages:
@@ -358,7 +360,7 @@ def _measured(recipe: Recipe, checkpoint: Path, base: Path, text: Tokens, path: 
     stamp = path.with_suffix(".key")
     if path.exists() and stamp.exists() and stamp.read_text(encoding="utf-8") == key:
         return Report.read(path)
-    found = evaluate(checkpoint, probes, text, base=base, seed=recipe.seed, progress=progress)
+    found = evaluate(checkpoint, probes, text, base=base, out=path, seed=recipe.seed, progress=progress)
     # The working directory may move; what a report says of its checkpoint must not name this machine's folders.
     found = dataclasses.replace(found, checkpoint=checkpoint.name)
     write_json(path, found.to_dict())
