@@ -17,6 +17,12 @@ import pytest
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome")
 SECONDS = 30
+MOST_TABS = 300
+# What has the focus; nothing when it has left the page.
+FOCUSED = """(() => {
+  const node = document.activeElement;
+  return node === document.body ? null : node.getAttribute("aria-label") || node.innerText;
+})()"""
 # Every picture and every box that scrolls, as laid out.
 LAYOUT = """(() => {
   const of = (query) => [...document.querySelectorAll(query)].map((node) => {
@@ -116,8 +122,34 @@ class Browser:
         message, _, self.held = self.held.partition(b"\0")
         return json.loads(message)
 
+    def tab_through(self, page: Path, width: int) -> list[str]:
+        """What the Tab key reaches, by its label or text, until it comes round."""
+        target, session = self._open(page, width, dark=False)
+        found: list[str] = []
+        while len(found) < MOST_TABS:
+            for kind in ("rawKeyDown", "keyUp"):
+                self.call("Input.dispatchKeyEvent", session, type=kind, key="Tab", code="Tab", windowsVirtualKeyCode=9)
+            name = self.call("Runtime.evaluate", session, expression=FOCUSED, returnByValue=True)["result"]["value"]
+            if name is None:
+                break
+            found.append(name)
+        self.call("Target.closeTarget", targetId=target)
+        return found
+
     def look(self, page: Path, width: int, dark: bool = False, picture: Path | None = None) -> Seen:
         """Open a file in a window of `width` pixels; `picture` is where a screenshot of the whole page goes."""
+        target, session = self._open(page, width, dark)
+        layout = self.call("Runtime.evaluate", session, expression=LAYOUT, returnByValue=True)["result"]["value"]
+        if picture is not None:
+            size = self.call("Page.getLayoutMetrics", session)["cssContentSize"]
+            clip = {"x": 0, "y": 0, "width": width, "height": size["height"], "scale": 1}
+            shot = self.call("Page.captureScreenshot", session, captureBeyondViewport=True, clip=clip)["data"]
+            picture.write_bytes(base64.b64decode(shot))
+        self.call("Target.closeTarget", targetId=target)
+        return Seen(_errors(self.events), _requests(self.events), layout)
+
+    def _open(self, page: Path, width: int, dark: bool) -> tuple[str, str]:
+        """The target and session of a loaded page."""
         self.events = []
         target = self.call("Target.createTarget", url="about:blank")["targetId"]
         session = self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
@@ -129,14 +161,7 @@ class Browser:
         self.call("Emulation.setEmulatedMedia", session, features=[scheme])
         self.call("Page.navigate", session, url=page.resolve().as_uri())
         self.wait("Page.loadEventFired")
-        layout = self.call("Runtime.evaluate", session, expression=LAYOUT, returnByValue=True)["result"]["value"]
-        if picture is not None:
-            size = self.call("Page.getLayoutMetrics", session)["cssContentSize"]
-            clip = {"x": 0, "y": 0, "width": width, "height": size["height"], "scale": 1}
-            shot = self.call("Page.captureScreenshot", session, captureBeyondViewport=True, clip=clip)["data"]
-            picture.write_bytes(base64.b64decode(shot))
-        self.call("Target.closeTarget", targetId=target)
-        return Seen(_errors(self.events), _requests(self.events), layout)
+        return target, session
 
 
 def _errors(events: list[dict[str, Any]]) -> list[str]:

@@ -21,6 +21,8 @@ SIGNS = ("●", "■", "▲", "◆", "▼", "✚", "✖", "★")
 MOST_POINTS = 200
 """A longer line is drawn as means of equal runs of its points, which a page is wide enough to show."""
 
+# How wide a letter of a tick's label is, with room to spare.
+LETTER_POINTS = 5.2
 # Colours that nothing else is drawn in, to be found again in what matplotlib wrote.
 INK, RULE = "#010203", "#010204"
 _LINES = tuple(f"#0102{0x10 + place:02x}" for place in range(COLOURS))
@@ -99,8 +101,10 @@ def chart(lines: Sequence[Line], axes: Axes, salt: str) -> str:
         "axes.spines.right": False, "lines.markersize": 4.5, "lines.linewidth": 1.5, "axes.formatter.use_mathtext": False,
     }  # fmt: skip
     with matplotlib.rc_context(style):
-        figure = Figure(figsize=SIZE, layout="constrained")
-        _paint(figure.subplots(), lines, axes)
+        figure = Figure(figsize=SIZE)
+        plot = figure.add_axes((0.1, 0.1, 0.8, 0.8))
+        _paint(plot, lines, axes)
+        _make_room(plot)
         stream = io.StringIO()
         figure.savefig(stream, format="svg", transparent=True, metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
     return _for_a_page(stream.getvalue())
@@ -140,6 +144,18 @@ def _paint(plot: Any, lines: Sequence[Line], axes: Axes) -> None:
         # A share that is nothing everywhere is a line at the foot, not in the middle.
         plot.set_ylim(0, 1.08 * max([y + e for line in lines for (_, y), e in _with_spread(line)]) or 1.0)
     plot.yaxis.set_major_formatter(FuncFormatter(lambda value, _: human_bytes(value) if axes.bytes else f"{value:g}"))
+
+
+def _make_room(plot: Any) -> None:
+    """Place the axes by the length of their labels: matplotlib's own layout draws everything a second time to measure it."""
+    width, height = (72 * inches for inches in SIZE)
+    low, high = plot.get_ylim()
+    labels = [plot.yaxis.get_major_formatter()(tick) for tick in plot.get_yticks() if low <= tick <= high]
+    beside = LETTER_POINTS * max(map(len, labels), default=1) + 6
+    left = beside + (13 if plot.get_ylabel() else 2)
+    plot.set_position((left / width, 32 / height, (width - left - 10) / width, (height - 38) / height))
+    plot.yaxis.set_label_coords(-beside / (width - left - 10), 0.5)
+    plot.yaxis.label.set_verticalalignment("bottom")
 
 
 def _with_spread(line: Line) -> Any:

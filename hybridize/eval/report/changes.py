@@ -151,7 +151,7 @@ def decode_speedup(run: Run) -> tuple[int, float] | None:
 def sentence(run: Run) -> str:
     """In one sentence what was made, what it costs and what it lost; of what is known."""
     made, costs = _made(run), _costs(run)
-    parts = [part for part in (made + (": " if made and costs else "") + ", ".join(costs), _lost(run)) if part]
+    parts = [part for part in (made + (": " if made and costs else "") + " and ".join(costs), _lost(run)) if part]
     text = "; ".join(parts)
     return text[:1].upper() + text[1:] + "." if text else ""
 
@@ -170,9 +170,9 @@ def _made(run: Run) -> str:
 def _costs(run: Run) -> list[str]:
     found = []
     if (state := state_share(run)) is not None:
-        found.append(f"its cache of {state[0]:,} tokens takes {state[1]:.1%} of the base's")
+        found.append(f"the hybrid's cache of {state[0]:,} tokens takes {state[1]:.1%} of the base's")
     if (speed := decode_speedup(run)) is not None:
-        found.append(f"decoding after {speed[0]:,} tokens runs at {speed[1]:.2f}x its speed")
+        found.append(f"it decodes at {speed[1]:.2f}x the base's speed after {speed[0]:,} tokens")
     return found
 
 

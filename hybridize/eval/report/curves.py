@@ -8,7 +8,7 @@ from hybridize.eval.lookup import family
 from hybridize.eval.pictures import Axes, Line, chart, length, thinned
 from hybridize.eval.report.changes import is_cost
 from hybridize.eval.report.document import Block, Chart, Charts, Prose, Section, Table
-from hybridize.eval.report.folder import Run
+from hybridize.eval.report.folder import Curve, Run
 from hybridize.eval.report.sections import BY_POSITION, same_base
 from hybridize.eval.table import human_bytes, name_order
 
@@ -45,14 +45,15 @@ def compared(runs: list[Run]) -> dict[str, tuple[int, Report]]:
 
 
 def losses(runs: list[Run]) -> Section | None:
-    """Loss against tokens, a picture for each stage."""
-    stages = {stage: None for run in runs for stage in run.losses}
+    """Loss against tokens, a picture for each stage; of several runs the stages of one name are laid over each other."""
+    known = [run.losses if len(runs) == 1 else _by_name(run.losses) for run in runs]
+    stages = {stage: None for one in known for stage in one}
     charts, figures = [], []
     for stage in stages:
         lines = [
-            Line(label=run.name, points=tuple(thinned(run.losses[stage])), colour=1 + place)
-            for place, run in enumerate(runs)
-            if stage in run.losses
+            Line(label=run.name, points=tuple(thinned(one[stage])), colour=1 + place)
+            for place, (run, one) in enumerate(zip(runs, known, strict=True))
+            if stage in one
         ]
         about = "; ".join(f"{line.label}: from {line.points[0][1]:.4g} to {line.points[-1][1]:.4g}" for line in lines)
         charts.append(
@@ -66,6 +67,17 @@ def losses(runs: list[Run]) -> Section | None:
     legend = [(1 + place, run.name) for place, run in enumerate(runs)] if len(runs) > 1 else []
     table = Table(label="Loss by tokens", rows=[["stage", "run", "tokens", "loss"], *figures])
     return Section(title="Distillation", blocks=[Charts(label="", legend=legend, charts=charts, figures=table)])
+
+
+def _by_name(losses: dict[str, Curve]) -> dict[str, Curve]:
+    """Curves of "1: kl", "2: kl" as "kl", "kl, again": where a stage stands differs from run to run."""
+    found: dict[str, Curve] = {}
+    for stage, curve in losses.items():
+        name = stage.partition(": ")[2]
+        while name in found:
+            name += ", again"
+        found[name] = curve
+    return found
 
 
 def against_length(runs: list[Run]) -> list[Section]:

@@ -78,7 +78,7 @@ def _gate(gate: GateResult) -> str:
     numbers = [f"{gate.value:.6g}"] if gate.value is not None else []
     numbers += [f"limit {gate.limit:g}"] if gate.limit is not None else []
     told = f'<p class="quiet">{_text(gate.detail)}</p>' if gate.detail else ""
-    return f'<li>{word} <span class="gate">{_text(gate.name)}</span> {", ".join(numbers)}{told}</li>'
+    return f'<li>{word} <span class="gate">{_text(gate.name)}</span> <span class="numbers">{", ".join(numbers)}</span>{told}</li>'
 
 
 def _block(block: Any) -> str:

@@ -1,5 +1,6 @@
 """The sections that are tables and text: verdict, before and after, layers, scores, samples, recipe, environment."""
 
+import re
 import statistics
 from typing import Any
 
@@ -34,7 +35,7 @@ def banner(run: Run, alone: bool) -> Banner:
         word, tone = ("Pass", "good") if run.verdict.passed else ("Fail", "bad")
         gates = run.verdict.gates
         failed = sum(not gate.passed for gate in gates)
-        word += f": {failed} of {len(gates)} gates failed" if failed else f": all {len(gates)} gates" if len(gates) > 1 else ""
+        word += f": {failed} of {len(gates)} gates failed" if failed else f": {len(gates)} of {len(gates)} gates" if gates else ""
     return Banner(run="" if alone else run.name, word=word, tone=tone, sentence=sentence(run), gates=gates)
 
 
@@ -251,9 +252,9 @@ def environment(runs: list[Run]) -> Section | None:
     if reports:
         rows: list[list[str | Cell]] = [["", *reports]]
         for key in sorted({key for report in reports.values() for key in report.versions}):
-            rows.append([key, *(report.versions.get(key, "-") for report in reports.values())])
+            rows.append([key, *(_brief(report.versions.get(key, "-")) for report in reports.values())])
         rows.append(["checkpoint", *(report.checkpoint for report in reports.values())])
-        rows.append(["checkpoint hash", *(report.checkpoint_hash[:HASH_DIGITS] for report in reports.values())])
+        rows.append(["checkpoint hash", *(_brief(report.checkpoint_hash) for report in reports.values())])
         blocks.append(Table(label="What was measured, and on what", rows=rows))
     for run in runs:
         if found := hashes(run):
@@ -263,12 +264,19 @@ def environment(runs: list[Run]) -> Section | None:
     return Section(title="Environment and hashes", blocks=blocks) if blocks else None
 
 
+def _brief(value: str) -> str:
+    """A hash by its beginning, which all its digits under "Every hash" follow; other values as they are."""
+    return value[:HASH_DIGITS] if re.fullmatch("[0-9a-f]{64}", value) else value
+
+
 def hashes(run: Run) -> dict[str, str]:
     """By what they are of: the plan, the checkpoints, their files, the items."""
     found: dict[str, str] = {}
     if run.plan is not None:
         found |= {"base, config.json": run.plan.base_hash, "plan": run.plan.digest()}
-    found |= {f"{column}, checkpoint": report.checkpoint_hash for column, report in run.reports.items()}
+    for column, report in run.reports.items():
+        known = {"checkpoint": report.checkpoint_hash} | report.versions
+        found |= {f"{column}, {name}": value for name, value in known.items() if _brief(value) != value}
     for column, lineage in run.lineages.items():
         found |= {f"{column}/{name}": sha for name, sha in sorted(lineage["files"].items())}
     if run.final is not None:

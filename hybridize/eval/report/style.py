@@ -40,6 +40,7 @@ nav ul { list-style: none; display: flex; flex-wrap: wrap; gap: 4px 22px; paddin
 td.good, td.bad { font-weight: 600; }
 .gates { list-style: none; padding: 0; margin: 18px 0 0; font: 14px/1.5 system-ui, sans-serif; overflow-wrap: anywhere; }
 .gates li { margin-top: 8px; } .gates p { margin: 0; max-width: 80ch; } .gates .gate { font-weight: 600; margin: 0 6px; }
+.gates .numbers { white-space: nowrap; }
 .box { overflow-x: auto; max-width: 100%; }
 table { border-collapse: collapse; font: 14px/1.45 system-ui, sans-serif; font-variant-numeric: tabular-nums; min-width: 50%; }
 th, td { text-align: left; padding: 5px 18px 5px 0; vertical-align: top; border-bottom: 1px solid var(--rule);
@@ -76,7 +77,8 @@ dt { font: 600 13px/1.4 system-ui, sans-serif; color: var(--quiet); } dl { margi
 @media (max-width: 560px) {
   header, main, footer { padding-left: 16px; padding-right: 16px; } header { padding-top: 28px; }
   h1 { font-size: 27px; } .verdict { padding-left: 14px; } .verdict .sentence { font-size: 17px; } section { margin-top: 40px; }
-  .layers { grid-template-columns: repeat(auto-fill, minmax(104px, 1fr)); } details > :not(summary) { margin-left: 0; }
+  .layers { grid-template-columns: repeat(auto-fill, minmax(104px, 1fr)); }
+  tbody th { white-space: normal; overflow-wrap: anywhere; min-width: 92px; } details > :not(summary) { margin-left: 0; }
 }
 @media print { nav, .skip { display: none; } section { break-inside: avoid; } }
 """
