@@ -22,7 +22,7 @@ MOST_POINTS = 200
 """A longer line is drawn as means of equal runs of its points, which a page is wide enough to show."""
 
 # How wide a letter of a tick's label is, with room to spare.
-LETTER_POINTS = 5.2
+LETTER_POINTS = 5.6
 # Colours that nothing else is drawn in, to be found again in what matplotlib wrote.
 INK, RULE = "#010203", "#010204"
 _LINES = tuple(f"#0102{0x10 + place:02x}" for place in range(COLOURS))
@@ -142,7 +142,8 @@ def _paint(plot: Any, lines: Sequence[Line], axes: Axes) -> None:
         plot.yaxis.set_minor_locator(NullLocator())
     elif axes.from_zero:
         # A share that is nothing everywhere is a line at the foot, not in the middle.
-        plot.set_ylim(0, 1.08 * max([y + e for line in lines for (_, y), e in _with_spread(line)]) or 1.0)
+        top = max([y + e for line in lines for (_, y), e in _with_spread(line)]) or 1.0
+        plot.set_ylim(-0.03 * top, 1.08 * top)
     plot.yaxis.set_major_formatter(FuncFormatter(lambda value, _: human_bytes(value) if axes.bytes else f"{value:g}"))
 
 
@@ -152,9 +153,9 @@ def _make_room(plot: Any) -> None:
     low, high = plot.get_ylim()
     labels = [plot.yaxis.get_major_formatter()(tick) for tick in plot.get_yticks() if low <= tick <= high]
     beside = LETTER_POINTS * max(map(len, labels), default=1) + 6
-    left = beside + (13 if plot.get_ylabel() else 2)
+    left = beside + (15 if plot.get_ylabel() else 2)
     plot.set_position((left / width, 32 / height, (width - left - 10) / width, (height - 38) / height))
-    plot.yaxis.set_label_coords(-beside / (width - left - 10), 0.5)
+    plot.yaxis.set_label_coords(-(beside + 2) / (width - left - 10), 0.5)
     plot.yaxis.label.set_verticalalignment("bottom")
 
 

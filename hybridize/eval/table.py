@@ -44,6 +44,12 @@ def compares_with_base(name: str) -> bool:
     return name.split("@")[0] in AGAINST_BASE
 
 
+def head_of(name: str) -> str:
+    """The family of a metric: "recall" of "recall@8" and of "recall_nll@8"; a name without a length is its own."""
+    head, at, tail = name.rpartition("@")
+    return head.removesuffix("_nll") if at and tail.isdigit() else name
+
+
 def name_order(name: str) -> tuple[int, str, int]:
     """Where a metric stands among others, for sorting: ORDER, then others by name, then LAST; each by its length."""
     head, at, tail = name.rpartition("@")

@@ -1,5 +1,6 @@
 """What a run changed: base and last checkpoint compared metric by metric, and item by item where the items are the same."""
 
+import itertools
 import math
 from collections import Counter
 from dataclasses import dataclass
@@ -8,13 +9,15 @@ from typing import Any
 from hybridize.core import Metric, Report
 from hybridize.eval.lookup import family
 from hybridize.eval.report.folder import Run
-from hybridize.eval.table import compares_with_base, name_order
+from hybridize.eval.table import compares_with_base, head_of, name_order
 
 BEYOND = 2.0
 """Standard errors of a mean difference beyond which it is called more than noise."""
 COSTS = ("bytes", "tokens/s", "x the base")
 """Units of what a model costs; all others say how well it does."""
 KEPT = "attention"
+# Of what got worse a sentence names so many.
+MOST_TOLD = 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,12 +119,16 @@ def differences(run: Run) -> dict[str, list[Difference]]:
     return found
 
 
-def largest(found: dict[str, list[Difference]], most: int, of_each: int) -> list[Difference]:
-    """The items that differ most, losses and gains alike, at most `of_each` of one metric; the largest first."""
-    chosen = []
-    for items in found.values():
-        chosen += sorted((item for item in items if item.size), key=lambda item: -abs(item.size))[:of_each]
-    return sorted(chosen, key=lambda item: -abs(item.size))[:most]
+def largest(found: dict[str, list[Difference]], most: int) -> list[Difference]:
+    """The items that differ most, losses and gains alike: the one of each family, the largest first, then each one's second..."""
+    families: dict[str, list[Difference]] = {}
+    for name, items in found.items():
+        families.setdefault(head_of(name), []).extend(item for item in items if item.size)
+    # Equal ones stay in the order of the table, where shares come before how likely the answers were.
+    ranked = [sorted(items, key=lambda item: -abs(item.size)) for items in families.values()]
+    rounds = itertools.zip_longest(*ranked)
+    chosen = [item for one in rounds for item in sorted(filter(None, one), key=lambda item: -abs(item.size))]
+    return chosen[:most]
 
 
 def state_share(run: Run) -> tuple[int, float] | None:
@@ -182,20 +189,25 @@ def _lost(run: Run) -> str:
     parts = []
     shared = [name for name in sorted(set(run.base.metrics) & set(run.final.metrics), key=name_order)]
     quality = [name for name in shared if not is_cost(run.final.metrics[name]) and not compares_with_base(name)]
-    headline = quality[0] if quality else None
-    if headline is not None:
+    if quality:
+        # The first in the table's order, at its longest length.
+        headline = [name for name in quality if head_of(name) == head_of(quality[0]) and "_nll@" not in name][-1]
         before, after = run.base.metrics[headline].value, run.final.metrics[headline].value
         ratio = f" ({after / before - 1:+.1%})" if before else ""
         parts.append(f"{headline} went from {before:.4g} to {after:.4g}{ratio}")
     paired = changes(run.base, run.final)
     if paired:
-        # The headline has been told already; of the others those that stand out most from noise come first.
-        worse = sorted((one for one in paired.values() if one.worse), key=lambda one: -abs(one.mean) / (one.stderr or 1e-300))
-        told = [one.metric for one in worse if one.metric != headline][:2]
+        worse = [one for one in paired.values() if one.worse]
+        # Shares of right answers can be told from each other by size; one length of each is enough to say.
+        shares = [one for one in worse if one.in_unit and run.final.metrics[one.metric].higher_is_better]
+        told: list[str] = []
+        for one in sorted(shares, key=lambda one: -abs(one.mean)):
+            if len(told) < MOST_TOLD and head_of(one.metric) not in map(head_of, told):
+                told.append(one.metric)
         share = "all" if len(worse) == len(paired) else f"{len(worse) or 'none'} of"
         count = f"{share} {len(paired)} metrics compared item by item got worse beyond two standard errors"
         named = (
             f"{name} ({run.base.metrics[name].value:.4g} to {run.final.metrics[name].value:.4g})" for name in told
         )  # fmt: skip
-        parts.append(count + (f", most of all {', '.join(named)}" if told else ""))
+        parts.append(count + (f", most of all {' and '.join(named)}" if told else ""))
     return ", and ".join(parts)

@@ -86,15 +86,24 @@ def against_length(runs: list[Run]) -> list[Section]:
     names = sorted({name for _, report in shown.values() for name in _families(report)}, key=name_order)
     recall = [name for name in names if _recalls(name, shown)]
     others = [name for name in names if name not in recall]
+    likely = [name for name in recall if name.endswith("_nll")]
+    answers = [name for name in recall if name not in likely]
     sections = []
-    for title, chosen, x in (
-        ("Recall against length", recall, "length, the number after @"),
-        ("Text against context", others, "context, tokens"),
+    for title, parts, x in (
+        (
+            "Recall against length",
+            {"": answers, "Mean -log p of right answers, in nats per token": likely},
+            "length, after the @",
+        ),
+        ("Perplexity against context", {"": others}, "context, tokens"),
     ):
-        charts = [found for name in chosen if (found := _family_chart(name, shown, x)) is not None]
-        if charts:
-            legend = _legend(shown)
-            sections.append(Section(title=title, blocks=[Charts(label="", legend=legend, charts=charts, figures=None)]))
+        blocks: list[Block] = []
+        for label, chosen in parts.items():
+            charts = [found for name in chosen if (found := _family_chart(name, shown, x)) is not None]
+            if charts:
+                blocks.append(Charts(label=label, legend=_legend(shown), charts=charts, figures=None))
+        if blocks:
+            sections.append(Section(title=title, blocks=blocks))
     return sections
 
 
@@ -196,14 +205,15 @@ def _bench_alone(run: Run) -> list[Block]:
         charts = []
         for key, (title, unit) in BENCHED.items():
             lines = [_bench_line(own, name, key, label, place) for place, (name, label) in enumerate(names.items())]
-            charts += _bench_chart(f"{title}, {batch} at once", [line for line in lines if line.points], unit, key)
+            charts += _bench_chart(title, batch, [line for line in lines if line.points], unit, key)
         legend = [(place, label) for place, label in enumerate(names.values())]
-        blocks.append(
-            Charts(label=f"hybridize bench, {batch} at once", legend=legend, charts=charts, figures=_figures(own, names))
-        )
+        blocks.append(Charts(label=f"hybridize bench, batch {batch}", legend=legend, charts=charts, figures=_figures(own, names)))
     where = ", ".join(str(run.bench[key]) for key in ("device", "dtype") if key in run.bench)
     said = _crossovers(run.bench)
-    return [Prose(text=f"`hybridize bench` on {where}: medians; bars from the least to the greatest. {said}".strip()), *blocks]
+    return [
+        Prose(text=f"Measured by hybridize bench on {where}: medians, with bars from the least to the greatest. {said}".strip()),
+        *blocks,
+    ]
 
 
 def _bench_line(rows: list[dict[str, Any]], name: str, key: str, label: str, colour: int) -> Line:
@@ -215,12 +225,14 @@ def _bench_line(rows: list[dict[str, Any]], name: str, key: str, label: str, col
     return Line(label=label, points=tuple((row["context"], row[name][key]) for row in known), spread=spread, colour=colour)
 
 
-def _bench_chart(title: str, lines: list[Line], unit: str, key: str) -> list[Chart]:
+def _bench_chart(title: str, batch: int, lines: list[Line], unit: str, key: str) -> list[Chart]:
     if not lines:
         return []
     held = key.endswith("_bytes")
     axes = Axes(x="context, tokens", y=unit, lengths=True, bytes=held, from_zero=unit == "tokens/s" or "ratio" in key)
-    return [Chart(title=title, svg=chart(lines, axes, f"bench {title}"), about=_in_words(lines, "bytes" if held else unit))]
+    return [
+        Chart(title=title, svg=chart(lines, axes, f"bench {batch} {title}"), about=_in_words(lines, "bytes" if held else unit))
+    ]
 
 
 def _figures(rows: list[dict[str, Any]], names: dict[str, str]) -> Table:
@@ -242,7 +254,7 @@ def _crossovers(bench: dict[str, Any]) -> str:
     for batch, found in (bench.get("crossover") or {}).items():
         tokens = found["measured_tokens"]
         at = f"from {tokens:,} tokens on" if tokens is not None else "at no context that was measured"
-        parts.append(f"With {batch} at once decoding is at least as fast as the base's {at}.")
+        parts.append(f"At batch {batch} decoding is at least as fast as the base's {at}.")
     even = (bench.get("break_even") or {}).get("tokens")
     if even is not None:
         parts.append(f"The cache is no larger than the base's from {even:,} tokens on.")
@@ -264,7 +276,7 @@ def _bench_side_by_side(runs: list[Run]) -> list[Block]:
                 )
                 for place, run, rows in found
             ]  # fmt: skip
-            charts += _bench_chart(f"{title}, {batch} at once", [line for line in lines if line.points], "x", key)
+            charts += _bench_chart(title, batch, [line for line in lines if line.points], "x", key)
         legend = [(place, run.name) for place, run, _ in found]
-        blocks.append(Charts(label=f"hybridize bench, {batch} at once", legend=legend, charts=charts, figures=None))
+        blocks.append(Charts(label=f"hybridize bench, batch {batch}", legend=legend, charts=charts, figures=None))
     return blocks

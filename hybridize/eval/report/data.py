@@ -6,7 +6,7 @@ from typing import Any
 from hybridize.eval.pictures import thinned
 from hybridize.eval.report.changes import changes, decode_speedup, differences, largest, sentence, state_share
 from hybridize.eval.report.folder import Run
-from hybridize.eval.report.sections import MOST_OF_A_METRIC, MOST_SAMPLES, hashes
+from hybridize.eval.report.sections import MOST_SAMPLES, hashes
 from hybridize.version import __version__
 
 
@@ -43,7 +43,7 @@ def _run(run: Run) -> dict[str, Any]:
             }
             for name, items in found.items()
         },
-        "samples": [dataclasses.asdict(item) for item in largest(found, MOST_SAMPLES, MOST_OF_A_METRIC)],
+        "samples": [dataclasses.asdict(item) for item in largest(found, MOST_SAMPLES)],
         "recipe": run.recipe,
         "versions": {column: report.versions for column, report in run.reports.items()},
         "hashes": hashes(run),

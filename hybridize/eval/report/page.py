@@ -99,7 +99,7 @@ def _table(block: Table) -> str:
     kinds = [_kind([row[place].text for row in rows]) for place in range(len(heading))]
     top = "".join(f'<th scope="col"{kind}>{_text(cell.text)}</th>' for cell, kind in zip(heading, kinds, strict=True))
     body = "".join(
-        f'<tr><th scope="row">{_text(row[0].text)}</th>'
+        f'<tr><th scope="row">{_breakable(row[0].text)}</th>'
         + "".join(_cell(cell, kind) for cell, kind in zip(row[1:], kinds[1:], strict=True))
         + "</tr>"
         for row in rows
@@ -107,6 +107,11 @@ def _table(block: Table) -> str:
     return f"<h3>{_text(block.label)}</h3>" + _box(
         block.label, f"<table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table>"
     )
+
+
+def _breakable(name: str) -> str:
+    """A name that may go on in another line after an underscore and before its length."""
+    return re.sub(r"_(?=.)|(?=@)", r"\g<0><wbr>", _text(name))
 
 
 def _kind(texts: list[str]) -> str:

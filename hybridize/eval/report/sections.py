@@ -2,10 +2,12 @@
 
 import re
 import statistics
+from collections.abc import Iterator
+from pathlib import PurePath
 from typing import Any
 
 from hybridize.core import LayerScore, Plan, Report, ScoreTable, plan_table
-from hybridize.eval.report.changes import Difference, changes, differences, is_cost, largest, sentence, with_metrics
+from hybridize.eval.report.changes import Change, Difference, changes, differences, is_cost, largest, sentence, with_metrics
 from hybridize.eval.report.document import (
     Banner,
     Block,
@@ -23,9 +25,11 @@ from hybridize.eval.report.folder import Run
 from hybridize.eval.table import comparison_table, human_bytes, name_order, over, show
 
 BY_POSITION = "nll_at"
-MOST_SAMPLES, MOST_OF_A_METRIC = 12, 3
+MOST_SAMPLES = 12
 # Sixteen of sixty-four hexadecimal digits tell two checkpoints of one page apart.
 HASH_DIGITS = 16
+# A longer table of second thoughts is shown when asked for.
+LONG_TABLE = 10
 
 
 def banner(run: Run, alone: bool) -> Banner:
@@ -41,31 +45,46 @@ def banner(run: Run, alone: bool) -> Banner:
 
 def before_and_after(runs: list[Run]) -> Section | None:
     """Every metric side by side; loss by position has a section of its own."""
-    kinds = {"How well it does": False, "What it costs": True}
     blocks: list[Block] = []
-    for label, cost in kinds.items():
-        keep = _keep(cost)
-        table = _one_run(runs[0], label, keep) if len(runs) == 1 else _several(runs, label, keep)
-        if table is not None:
-            blocks.append(table)
-    if (
-        len(runs) == 1
-        and blocks
-        and runs[0].base is not None
-        and runs[0].final is not None
-        and changes(runs[0].base, runs[0].final)
+    for label, keep in (
+        ("How well it does", lambda name, metric: not is_cost(metric) and not _is_nll(name)),
+        ("How likely right answers were", lambda name, metric: not is_cost(metric) and _is_nll(name)),
+        ("What it costs", lambda _, metric: is_cost(metric)),
     ):
-        blocks.append(
-            Prose(
-                text="± is one standard error. A paired difference is the mean over the same items, last less base, in the unit "
-                "of the metric; it is marked where it is more than two standard errors from nothing."
-            )
-        )
+        table = _one_run(runs[0], label, _shown(keep)) if len(runs) == 1 else _several(runs, label, _shown(keep))
+        if table is not None:
+            folded = any(_is_nll(_text_of(row[0])) for row in table.rows) and len(table.rows) > LONG_TABLE
+            blocks.append(Fold(title=f"{label}: mean -log p of their tokens", blocks=[table]) if folded else table)
+    notes = list(_notes(runs))
+    if blocks and notes:
+        blocks.append(Prose(text=" ".join(notes)))
     return Section(title="Before and after" if len(runs) == 1 else "Side by side", blocks=blocks) if blocks else None
 
 
-def _keep(cost: bool) -> Any:
-    return lambda name, metric: is_cost(metric) == cost and not name.startswith(f"{BY_POSITION}@")
+def _shown(keep: Any) -> Any:
+    return lambda name, metric: keep(name, metric) and not name.startswith(f"{BY_POSITION}@")
+
+
+def _is_nll(name: str) -> bool:
+    return "_nll@" in name
+
+
+def _text_of(cell: str | Cell) -> str:
+    return cell.text if isinstance(cell, Cell) else cell
+
+
+def _notes(runs: list[Run]) -> Iterator[str]:
+    """What the numbers mean, where there are such."""
+    metrics = [metric for run in runs if run.final is not None for metric in run.final.metrics.values()]
+    if any(metric.stderr for metric in metrics):
+        yield "± is one standard error."
+    if len(runs) == 1 and runs[0].base is not None and runs[0].final is not None and changes(runs[0].base, runs[0].final):
+        yield (
+            "A paired difference is the mean over the same items, last checkpoint less base, in the unit of the metric; it is "
+            "coloured where it is more than two standard errors from nothing."
+        )
+    if any(metric.unit == "tokens/s" for metric in metrics):
+        yield "Tokens/s of two columns were measured at different times and are not divided; speedups were measured in turns."
 
 
 def _better(reports: list[Report], name: str) -> str:
@@ -86,9 +105,13 @@ def _one_run(run: Run, label: str, keep: Any) -> Table | None:
         if paired:
             one = paired.get(row[0])
             tone = "" if one is None else "bad" if one.worse else "good" if one.better else ""
-            cells.append("-" if one is None else Cell(text=f"{one.mean:+.3g} ± {one.stderr:.2g}", tone=tone))
+            cells.append("-" if one is None else Cell(text=_spelled(one), tone=tone))
         out.append([*cells, _better(list(reports.values()), row[0])])
     return Table(label=label, rows=out)
+
+
+def _spelled(one: Change) -> str:
+    return f"{one.mean:+.3g} ± {one.stderr:.2g}" if one.mean or one.stderr else "0"
 
 
 def same_base(runs: list[Run]) -> bool:
@@ -205,16 +228,17 @@ def samples(runs: list[Run]) -> Section | None:
     blocks: list[Block] = []
     for run in runs:
         found = differences(run)
-        chosen = largest(found, MOST_SAMPLES if len(runs) == 1 else MOST_SAMPLES // 3, MOST_OF_A_METRIC)
+        chosen = largest(found, MOST_SAMPLES if len(runs) == 1 else MOST_SAMPLES // 3)
         if not found:
             continue
-        of = "" if len(runs) == 1 else f" of {run.name}"
         rows: list[list[str | Cell]] = [["metric", "items", "worse", "better", "alike"]]
         for name, items in found.items():
             worse, better = sum(item.size < 0 for item in items), sum(item.size > 0 for item in items)
             rows.append([name, f"{len(items)}", f"{worse}", f"{better}", f"{len(items) - worse - better}"])
-        blocks.append(Table(label=f"Items{of} on which base and last checkpoint differ", rows=rows))
-        blocks += [_sample(item, place == 0 and len(runs) == 1) for place, item in enumerate(chosen)]
+        table = Table(label="Items by how base and last checkpoint score", rows=rows)
+        own: list[Block] = [_sample(item, place == 0) for place, item in enumerate(chosen)]
+        own.append(Fold(title="How many items differ", blocks=[table]))
+        blocks += own if len(runs) == 1 else [Fold(title=run.name, blocks=own)]
     return Section(title="Where base and student differ most", blocks=blocks) if blocks else None
 
 
@@ -253,7 +277,7 @@ def environment(runs: list[Run]) -> Section | None:
         rows: list[list[str | Cell]] = [["", *reports]]
         for key in sorted({key for report in reports.values() for key in report.versions}):
             rows.append([key, *(_brief(report.versions.get(key, "-")) for report in reports.values())])
-        rows.append(["checkpoint", *(report.checkpoint for report in reports.values())])
+        rows.append(["checkpoint", *(PurePath(report.checkpoint).name for report in reports.values())])
         rows.append(["checkpoint hash", *(_brief(report.checkpoint_hash) for report in reports.values())])
         blocks.append(Table(label="What was measured, and on what", rows=rows))
     for run in runs:

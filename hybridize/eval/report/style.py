@@ -78,7 +78,7 @@ dt { font: 600 13px/1.4 system-ui, sans-serif; color: var(--quiet); } dl { margi
   header, main, footer { padding-left: 16px; padding-right: 16px; } header { padding-top: 28px; }
   h1 { font-size: 27px; } .verdict { padding-left: 14px; } .verdict .sentence { font-size: 17px; } section { margin-top: 40px; }
   .layers { grid-template-columns: repeat(auto-fill, minmax(104px, 1fr)); }
-  tbody th { white-space: normal; overflow-wrap: anywhere; min-width: 92px; } details > :not(summary) { margin-left: 0; }
+  tbody th { white-space: normal; min-width: 112px; } details > :not(summary) { margin-left: 0; }
 }
 @media print { nav, .skip { display: none; } section { break-inside: avoid; } }
 """
