@@ -1,6 +1,6 @@
 """The sections that are pictures: losses, recall against length, loss by position, memory and speed against context."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from hybridize.core import Report
@@ -9,7 +9,7 @@ from hybridize.eval.pictures import Axes, Line, chart, length, thinned
 from hybridize.eval.report.changes import is_cost
 from hybridize.eval.report.document import Block, Chart, Charts, Prose, Section, Table
 from hybridize.eval.report.folder import Curve, Run
-from hybridize.eval.report.sections import BY_POSITION, same_base
+from hybridize.eval.report.sections import BY_POSITION, shared_base
 from hybridize.eval.table import human_bytes, name_order
 
 # Grey is the base's, blue the last checkpoint's; other runs follow.
@@ -34,10 +34,10 @@ def compared(runs: list[Run]) -> dict[str, tuple[int, Report]]:
     if len(runs) == 1:
         return {column: (COLUMN_COLOURS[column], report) for column, report in runs[0].reports.items()}
     found: dict[str, tuple[int, Report]] = {}
-    if same_base(runs) and runs[0].base is not None:
-        found["base"] = (0, runs[0].base)
+    if (base := shared_base(runs)) is not None:
+        found["base"] = (0, base)
     for place, run in enumerate(runs, 1):
-        if "base" not in found and run.base is not None and not same_base(runs):
+        if "base" not in found and run.base is not None:
             found[f"base of {run.name}"] = (len(runs) + place, run.base)
         if run.final is not None:
             found[run.name] = (place, run.final)
@@ -101,7 +101,7 @@ def against_length(runs: list[Run]) -> list[Section]:
         for label, chosen in parts.items():
             charts = [found for name in chosen if (found := _family_chart(name, shown, x)) is not None]
             if charts:
-                blocks.append(Charts(label=label, legend=_legend(shown), charts=charts, figures=None))
+                blocks.append(Charts(label=label, legend=_legend(shown, chosen), charts=charts, figures=None))
         if blocks:
             sections.append(Section(title=title, blocks=blocks))
     return sections
@@ -118,8 +118,9 @@ def _recalls(name: str, shown: dict[str, tuple[int, Report]]) -> bool:
     return name.endswith("_nll") or any(metric.higher_is_better for metric in metrics)
 
 
-def _legend(shown: dict[str, tuple[int, Report]]) -> list[tuple[int, str]]:
-    return [(colour, label) for label, (colour, _) in shown.items()]
+def _legend(shown: dict[str, tuple[int, Report]], names: Iterable[str]) -> list[tuple[int, str]]:
+    """Whose lines are in pictures of these families."""
+    return [(colour, label) for label, (colour, report) in shown.items() if any(family(report, name) for name in names)]
 
 
 def _lines(name: str, shown: dict[str, tuple[int, Report]]) -> Iterator[tuple[Line, str]]:
@@ -171,7 +172,7 @@ def by_position(runs: list[Run]) -> Section | None:
     rows: list[list[str]] = [["up to position", *(line.label for line in lines)]]
     rows += [[f"{place:,.0f}", *(f"{one[place]:.4g}" if place in one else "-" for one in known)] for place in places]
     table = Table(label="Loss by position", rows=rows)
-    charts = Charts(label="", legend=_legend(shown), charts=[drawn], figures=table)
+    charts = Charts(label="", legend=_legend(shown, [BY_POSITION]), charts=[drawn], figures=table)
     return Section(title="Loss by position", blocks=[charts])
 
 
@@ -189,7 +190,7 @@ def memory_and_speed(runs: list[Run]) -> Section | None:
     ]
     blocks: list[Block] = []
     if charts:
-        blocks.append(Charts(label="As measured by the reports", legend=_legend(shown), charts=charts, figures=None))
+        blocks.append(Charts(label="As measured by the reports", legend=_legend(shown, wanted), charts=charts, figures=None))
     blocks += _bench_alone(runs[0]) if len(runs) == 1 else _bench_side_by_side(runs)
     return Section(title="Memory and speed against context", blocks=blocks) if blocks else None
 
@@ -229,7 +230,7 @@ def _bench_chart(title: str, batch: int, lines: list[Line], unit: str, key: str)
     if not lines:
         return []
     held = key.endswith("_bytes")
-    axes = Axes(x="context, tokens", y=unit, lengths=True, bytes=held, from_zero=unit == "tokens/s" or "ratio" in key)
+    axes = Axes(x="context, tokens", y=unit, lengths=True, bytes=held, from_zero=unit in ("tokens/s", "x the base"))
     return [
         Chart(title=title, svg=chart(lines, axes, f"bench {batch} {title}"), about=_in_words(lines, "bytes" if held else unit))
     ]
@@ -276,7 +277,7 @@ def _bench_side_by_side(runs: list[Run]) -> list[Block]:
                 )
                 for place, run, rows in found
             ]  # fmt: skip
-            charts += _bench_chart(title, batch, [line for line in lines if line.points], "x", key)
+            charts += _bench_chart(title, batch, [line for line in lines if line.points], "x the base", key)
         legend = [(place, run.name) for place, run, _ in found]
         blocks.append(Charts(label=f"hybridize bench, batch {batch}", legend=legend, charts=charts, figures=None))
     return blocks

@@ -1,5 +1,6 @@
 """The sections that are tables and text: verdict, before and after, layers, scores, samples, recipe, environment."""
 
+import dataclasses
 import re
 import statistics
 from collections.abc import Iterator
@@ -85,6 +86,8 @@ def _notes(runs: list[Run]) -> Iterator[str]:
         )
     if any(metric.unit == "tokens/s" for metric in metrics):
         yield "Tokens/s of two columns were measured at different times and are not divided; speedups were measured in turns."
+    if shared_base(runs) is not None and len(runs) > 1:
+        yield "Each run is divided by its own measurement of the base; one that is not alike in all runs is said to differ."
 
 
 def _better(reports: list[Report], name: str) -> str:
@@ -114,30 +117,34 @@ def _spelled(one: Change) -> str:
     return f"{one.mean:+.3g} ± {one.stderr:.2g}" if one.mean or one.stderr else "0"
 
 
-def same_base(runs: list[Run]) -> bool:
-    """Whether all runs began with the same weights."""
-    return len({None if run.base is None else run.base.checkpoint_hash for run in runs}) == 1
+def shared_base(runs: list[Run]) -> Report | None:
+    """What was measured on the base that all runs began with, by whichever of them; None where they did not begin alike."""
+    bases = [run.base for run in runs if run.base is not None]
+    if len(bases) < len(runs) or len({base.checkpoint_hash for base in bases}) > 1:
+        return None
+    metrics = {name: metric for base in reversed(bases) for name, metric in base.metrics.items()}
+    return dataclasses.replace(bases[0], metrics=metrics)
 
 
 def _several(runs: list[Run], label: str, keep: Any) -> Table | None:
     """Each run's last checkpoint, and over the base that was measured with it."""
-    shown = [(run, with_metrics({"base": run.base} if run.base is not None else {}, keep).get("base"), run.final) for run in runs]
-    finals = [final for _, _, final in shown if final is not None]
+    finals = [run.final for run in runs if run.final is not None]
     names = sorted({name for final in finals for name, metric in final.metrics.items() if keep(name, metric)}, key=name_order)
     if not names:
         return None
-    one_base = same_base(runs) and runs[0].base is not None
+    one_base = shared_base(runs) is not None
     heading = ["metric", *(["base"] if one_base else [])]
     heading += [word for run in runs for word in (run.name, f"{run.name} / base")]
     rows: list[list[str | Cell]] = [[*heading, "better"]]
     for name in names:
+        found = [tuple(report and report.metrics.get(name) for report in (run.base, run.final)) for run in runs]
         row: list[str | Cell] = [name]
-        for place, (_, base, final) in enumerate(shown):
-            before = None if base is None else base.metrics.get(name)
-            after = None if final is None else final.metrics.get(name)
-            if one_base and place == 0:
-                row.append("-" if before is None else show(before))
-            row += ["-" if after is None else show(after), over(before, after)]
+        if one_base:
+            known = sorted({show(base) for base, _ in found if base is not None})
+            # What differs was measured at different times, or on different items.
+            row.append(known[0] if len(known) == 1 else "differs" if known else "-")
+        for base, final in found:
+            row += ["-" if final is None else show(final), over(base, final)]
         rows.append([*row, _better(finals, name)])
     return Table(label=label, rows=rows)
 
