@@ -33,11 +33,12 @@ def pages(tmp_path_factory):
     text = folder / "text.jsonl"
     text.write_text("".join(f'{{"text": "{document.strip()}"}}\n' for document in DOCUMENTS))
     base = toy_base(folder)
-    words = ["--quiet", "run", "mamba2", "--base", base, "--data", text, "--out", folder / "real", *SMALL]
+    words = ["--quiet", "run", "mamba2", "--base", base, "--data", text, "--out", folder / "real" / "run", *SMALL]
     assert app([str(word) for word in words]) == 0
-    made = fill(folder / "made")
-    both = report([folder / "real", made], folder / "both.html")
-    return {"real": folder / "real" / "report.html", "made": report(made, folder / "made.html"), "both": both}
+    made = fill(folder / "made" / "run")
+    # Directories of one name are told apart by their whole path, which is longer than a phone is wide.
+    both = report([folder / "real" / "run", made], folder / "both.html")
+    return {"real": folder / "real" / "run" / "report.html", "made": report(made, folder / "made.html"), "both": both}
 
 
 def wrong(seen: Seen, width: int) -> list[str]:

@@ -181,7 +181,7 @@ def memory_and_speed(runs: list[Run]) -> Section | None:
     # A conversion alone has the last checkpoint's speed. Speeds of two reports were measured at different times, so that
     # only what was measured in turns with a base can be compared.
     shown = {label: found for label, found in compared(runs).items() if len(runs) > 1 or label != "converted"}
-    if len(runs) == 1 and "base" in shown and len(shown) == 1:
+    if not set(shown) - {"base"}:
         shown = compared(runs)
     in_turns = any(family(report, name) for _, report in shown.values() for name in RATIOS)
     wanted = {"state_bytes": "cache of one sequence"} | (RATIOS if in_turns or len(runs) > 1 else SPEEDS)

@@ -78,7 +78,9 @@ def _read_run(folder: Path, name: str) -> Run:
     def there(file: str) -> Path | None:
         return folder / file if (folder / file).is_file() else None
 
-    final = "distilled" if (folder / "distilled").is_dir() else "converted"
+    # A run without stages measures what it converted, once, and last.
+    trained = (folder / "distilled").is_dir() or there("report-converted.json") is not None
+    final = "distilled" if trained else "converted"
     files = {"base": "report-base.json", "converted": "report-converted.json", final: "report.json"}
     found = {column: folder / file for column, file in files.items() if there(file)}
     reports = {column: Report.read(path) for column, path in found.items()}

@@ -65,6 +65,7 @@ figure svg { display: block; width: 100%; height: auto; font-family: system-ui, 
   stroke-linejoin: round; stroke-linecap: butt; overflow: visible; }
 .legend { list-style: none; display: flex; flex-wrap: wrap; gap: 2px 20px; padding: 0; margin: 0 0 14px;
   font: 13px/1.6 system-ui, sans-serif; }
+.legend li, nav li { min-width: 0; overflow-wrap: anywhere; }
 .legend span { color: var(--k); margin-right: 6px; }
 details { margin: 12px 0; }
 summary { cursor: pointer; font: 14px/1.6 system-ui, sans-serif; color: var(--link); overflow-wrap: anywhere; }
