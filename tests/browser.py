@@ -59,6 +59,7 @@ class Browser:
     """One Chromium; a context manager."""
 
     def __enter__(self) -> "Browser":
+        path = browser_path()
         self.profile = tempfile.TemporaryDirectory(prefix="browser-", ignore_cleanup_errors=True)
         # The browser reads commands from 3 and answers on 4. High numbers first, so that neither is in the way.
         ends = [end for pipe in (os.pipe(), os.pipe()) for end in pipe]
@@ -70,7 +71,6 @@ class Browser:
             (os.POSIX_SPAWN_DUP2, commands, 3), (os.POSIX_SPAWN_DUP2, answers, 4),
             *((os.POSIX_SPAWN_OPEN, stream, os.devnull, os.O_RDWR, 0) for stream in (0, 1, 2)),
         ]  # fmt: skip
-        path = browser_path()
         self.process = os.posix_spawn(path, [path, *flags, "about:blank"], os.environ, file_actions=actions)
         for end in ends:
             os.close(end)
