@@ -1,5 +1,6 @@
 """The report of made-up directories: whole, in parts, several at once, and what must never be in it."""
 
+import dataclasses
 import json
 import re
 from html.parser import HTMLParser
@@ -179,6 +180,16 @@ def test_the_items_that_differ_most(whole):
     assert [item.metric for item in chosen] == ["recall@4", "recall@4", "recall@16", "recall@16"]
     run.items["base"]["recall@4"][2]["prompt"] = "another question"
     assert "recall@4" not in differences(run)
+
+
+def test_a_base_goes_by_its_last_name(whole):
+    (run,) = read_runs([whole[0]])
+
+    def name(path):
+        return dataclasses.replace(run, plan=dataclasses.replace(run.plan, base=path)).base_name
+
+    assert name("/home/someone/llama") == "llama"
+    assert name("/home/someone/hub/models--org--some--base/snapshots/0a1b") == "org/some--base"
 
 
 def test_parts_that_are_missing_are_left_out(tmp_path):

@@ -53,7 +53,7 @@ class Run:
         path = Path(self.plan.base)
         # The Hub's cache keeps models--ORG--NAME/snapshots/COMMIT.
         if path.parent.name == "snapshots" and path.parent.parent.name.startswith("models--"):
-            return path.parent.parent.name.removeprefix("models--").replace("--", "/")
+            return path.parent.parent.name.removeprefix("models--").replace("--", "/", 1)
         return path.name
 
 
