@@ -1,7 +1,7 @@
 """run: the verbs in order, each skipped when its output already matches. No scheduler, no state but the directory.
 
 WORK/recipe.yaml  plan.json  converted/  distilled/  report-base.json  report-converted.json  report.json
-     verdict.json  report.html  tokens/  measured/
+     verdict.json  report.html  report.md  report.all.json  tokens/  measured/  scores.json (where the plan follows them)
 """
 
 import dataclasses
@@ -290,6 +290,8 @@ def run(
     if machine is not None:
         refuse(costs, machine)
     _claim(out, recipe, plan)
+    if scores is not None:
+        write_json(out / "scores.json", scores.to_dict())
     share = recipe.data.held_out_share
     train, test = split_text(load_tokenizer(base), sources, held_out, share, out / "tokens", progress)
     if teacher is not None and stages:

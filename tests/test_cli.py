@@ -1,6 +1,7 @@
 """The command line as its user meets it: exit codes, one-line errors, JSON, and the whole line on a tiny model."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -115,6 +116,20 @@ def test_a_failed_gate_is_exit_code_one(base, text, work, capsys):
     assert out.out.rstrip().endswith("PASS")
 
 
+def test_the_report_of_a_run(work, tmp_path, capsys):
+    code, out = call("--json", "report", work, "--out", tmp_path / "r.html", capsys=capsys)
+    assert code == 0
+    files = json.loads(out.out)
+    assert [Path(files[what]).name for what in ("out", "html", "markdown", "json")] == ["r.html", "r.html", "r.md", "r.all.json"]
+    # `run` wrote the same.
+    assert (tmp_path / "r.html").read_bytes() == (work / "report.html").read_bytes()
+    assert json.loads((work / "report.all.json").read_text())["runs"][0]["verdict"]["passed"] is not None
+    assert (work / "report.items.jsonl").is_file()
+    code, out = call("report", work, work, "--out", tmp_path / "s.html", capsys=capsys)
+    assert (code, len(out.err.splitlines())) == (2, 1)
+    assert "is there twice" in out.err
+
+
 def test_verbs_one_by_one(base, text, tmp_path, capsys):
     code, out = call("plan", base, "--recipe", "streaming", "--out", tmp_path / "p.json", "--json", capsys=capsys)
     assert code == 0
@@ -157,6 +172,7 @@ def test_ranks_from_scores_through_every_verb(base, text, tmp_path, capsys):
         assert (tmp_path / "c" / name).read_bytes() == (tmp_path / "d" / name).read_bytes()
     run = ["run", "palu", "--base", base, "--data", text, "--out", tmp_path / "w", *fisher[2:], *SMALL[2:], "--set", "distill=[]"]
     assert call(*run, "--scores", scores)[0] == 0
+    assert json.loads((tmp_path / "w" / "scores.json").read_text()) == json.loads(scores.read_text())
     assert json.loads((tmp_path / "w" / "plan.json").read_text())["layers"] == planned["layers"]
 
 

@@ -147,11 +147,17 @@ def gate(
 
 @cli.command()
 def report(
-    work: Annotated[Path, typer.Argument(metavar="WORKDIR", help="The directory of a run.")],
-    out: Annotated[Path, typer.Option("--out", help="The HTML file.")] = Path("report.html"),
+    work: Annotated[list[Path], typer.Argument(metavar="WORKDIR...", help="The directory of a run, or of several.")],
+    out: Annotated[Path, typer.Option("--out", help="The HTML file; .md and .all.json come beside it.")] = Path("report.html"),
 ) -> None:
-    """Write the report of a run as one HTML file."""
-    from hybridize.eval import report as write_report
+    """Write the report of a run as one HTML file.
 
-    shared.screen.say(f"wrote {write_report(work, out)}")
-    shared.screen.result({"out": str(out)})
+    Several runs are shown side by side. Nothing in the page comes from a network.
+    """
+    from hybridize.eval import report as write_report
+    from hybridize.eval.report import written
+
+    write_report(work, out)
+    files = {what: str(path) for what, path in written(out).items()}
+    shared.screen.say(f"wrote {', '.join(files.values())}")
+    shared.screen.result({"out": str(out), **files})

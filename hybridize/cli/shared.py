@@ -84,7 +84,7 @@ def read_scores(path: Path | None) -> Any:
 
 def show_plan(plan: Any) -> None:
     """Print a plan layer by layer, the sums, and its native verdict."""
-    from hybridize.conversions.plan import plan_table
+    from hybridize.core import plan_table
     from hybridize.eval.table import human_bytes
 
     lengths = {"1024": "state @1k", "4096": "@4k", "32768": "@32k", "131072": "@128k"}

@@ -303,36 +303,3 @@ def plan(base: Described, section: dict[str, Any], recipe_name: str, seed: int, 
         base_state_bytes={str(tokens): len(layers) * kept.state_bytes(config, tokens) for tokens in STATE_TOKENS},
         native=native_verdict(config, [layer.mixer for layer in layers]),
     )
-
-
-def plan_table(plan: Plan) -> list[dict[str, Any]]:
-    """Rows to print, one for each kind of layer: equal ones are merged; parameters and cache bytes are of them all."""
-    kinds: list[list[LayerPlan]] = []
-    for layer in plan.layers:
-        equal = next((kind for kind in kinds if (kind[0].mixer, kind[0].conversion) == (layer.mixer, layer.conversion)), None)
-        if equal is None:
-            kinds.append([layer])
-        else:
-            equal.append(layer)
-    return [
-        {
-            "layers": ranges([layer.index for layer in kind]),
-            "mixer": kind[0].mixer["name"],
-            "options": {key: value for key, value in kind[0].mixer.items() if key != "name"},
-            "conversion": {key: value for key, value in kind[0].conversion.items() if key != "name"},
-            "parameters": sum(layer.parameters for layer in kind),
-            "state_bytes": {t: sum(layer.state_bytes[t] for layer in kind) for t in kind[0].state_bytes},
-        }
-        for kind in kinds
-    ]
-
-
-def ranges(numbers: list[int]) -> str:
-    """Ascending numbers as people write them: 0, 2-4, 7."""
-    runs: list[list[int]] = []
-    for number in numbers:
-        if runs and number == runs[-1][-1] + 1:
-            runs[-1].append(number)
-        else:
-            runs.append([number])
-    return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)

@@ -1,99 +1,187 @@
-"""The pictures of a report, as PNG bytes. No state is shared: each is drawn on its own figure, without pyplot."""
+"""Line charts of a report, as SVG to stand inside a page: text stays text, and colours are the page's own variables.
+
+No state is shared: each is drawn on its own figure, without pyplot. The same input gives the same bytes.
+"""
 
 import io
-from collections.abc import Callable
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from hybridize.core import Plan, Report
 from hybridize.errors import MissingDependencyError
-from hybridize.eval.lookup import family
 from hybridize.eval.table import human_bytes
 
-# Okabe and Ito's palette, which the colour-blind can tell apart.
-COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#999999")
+COLOURS = 8
+"""How many line colours a page has: the variables --c0 to --c7."""
+MARKS = ("o", "s", "^", "D", "v", "P", "X", "*")
+SIGNS = ("●", "■", "▲", "◆", "▼", "✚", "✖", "★")
+"""MARKS as characters, for a legend."""
+MOST_POINTS = 200
+"""A longer line is drawn as means of equal runs of its points, which a page is wide enough to show."""
+
+# How wide a letter of a tick's label is, with room to spare.
+LETTER_POINTS = 5.6
+# Colours that nothing else is drawn in, to be found again in what matplotlib wrote.
+INK, RULE = "#010203", "#010204"
+_LINES = tuple(f"#0102{0x10 + place:02x}" for place in range(COLOURS))
+_VARIABLES = {INK: "currentColor", RULE: "var(--rule)"} | {colour: f"var(--c{place})" for place, colour in enumerate(_LINES)}
+SIZE = (3.7, 2.35)
+"""Inches; a phone shows it at about its own size."""
 
 
-def nth_colour(place: int) -> str:
-    """The palette over and over: nothing is left out of a picture for want of a colour."""
-    return COLOURS[place % len(COLOURS)]
+@dataclass(frozen=True, kw_only=True)
+class Line:
+    """One line of a chart."""
+
+    label: str
+    points: tuple[tuple[float, float], ...]
+    """(x, y), by x."""
+    spread: tuple[tuple[float, float], ...] | None = None
+    """How far an error bar reaches below and above each point."""
+    colour: int = 0
+    """Index of its colour and its mark; they begin again when there are no more, so that no line is left out."""
 
 
-def draw(paint: Callable[[Any], None], width: float, height: float) -> bytes:
-    """A figure of `width` x `height` inches that `paint` draws on, as PNG; the same input gives the same bytes."""
+@dataclass(frozen=True, kw_only=True)
+class Axes:
+    """What a chart's axes are."""
+
+    x: str
+    y: str
+    lengths: bool = False
+    """x is a number of tokens or of things, with a tick at each that was measured, and is drawn by its logarithm."""
+    bytes: bool = False
+    """y is bytes, by their logarithm."""
+    from_zero: bool = False
+
+
+def thinned(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """At most MOST_POINTS points: means of equal runs of them, the last run perhaps shorter."""
+    step = math.ceil(len(points) / MOST_POINTS)
+    parts = [points[first : first + step] for first in range(0, len(points), step)] if step > 1 else []
+    return [(sum(x for x, _ in part) / len(part), sum(y for _, y in part) / len(part)) for part in parts] or list(points)
+
+
+def length(tokens: float) -> str:
+    """A length as an axis has it: 512, 8k (8192), 128k; k is 1024."""
+    return f"{tokens / 1024:g}k" if tokens >= 1024 and tokens % 1024 == 0 else f"{tokens:g}"
+
+
+def count(number: float) -> str:
+    """A count as an axis has it: 500, 20k (20,000), 3M."""
+    size, letter = next(((size, letter) for size, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")) if number >= size), (1.0, ""))
+    return f"{number / size:g}{letter}"
+
+
+def chart(lines: Sequence[Line], axes: Axes, salt: str) -> str:
+    """Lines over one x, as an <svg> without a size of its own.
+
+    Args:
+        lines: at least one, each with at least one point.
+        axes: their labels and scales.
+        salt: different for each chart of a page, since names inside an <svg> hold for the whole page.
+
+    Returns:
+        The element; its text has the page's font, its colours are `currentColor`, `--rule` and `--c0` to `--c7`.
+
+    Raises:
+        MissingDependencyError: matplotlib is absent.
+    """
     try:
+        import matplotlib
         from matplotlib.figure import Figure
     except ImportError as error:
         raise MissingDependencyError(f"report: pictures need matplotlib ({error}): pip install 'hybridize[eval]'") from error
-    figure = Figure(figsize=(width, height), dpi=110, layout="constrained")
-    paint(figure)
-    stream = io.BytesIO()
-    figure.savefig(stream, format="png", metadata={"Software": None})
-    return stream.getvalue()
+    style: dict[Any, Any] = {
+        "svg.fonttype": "none", "svg.hashsalt": salt, "text.parse_math": False, "font.size": 8.5, "text.color": INK,
+        "axes.labelcolor": INK, "axes.edgecolor": RULE, "xtick.color": RULE, "ytick.color": RULE, "xtick.labelcolor": INK,
+        "ytick.labelcolor": INK, "grid.color": RULE, "grid.linewidth": 0.6, "axes.linewidth": 0.8, "axes.spines.top": False,
+        "axes.spines.right": False, "lines.markersize": 4.5, "lines.linewidth": 1.5, "axes.formatter.use_mathtext": False,
+    }  # fmt: skip
+    with matplotlib.rc_context(style):
+        figure = Figure(figsize=SIZE)
+        plot = figure.add_axes((0.1, 0.1, 0.8, 0.8))
+        _paint(plot, lines, axes)
+        _make_room(plot)
+        stream = io.StringIO()
+        figure.savefig(stream, format="svg", transparent=True, metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
+    return _for_a_page(stream.getvalue())
 
 
-def layer_map(plan: Plan) -> bytes:
-    """One strip for each layer, coloured by mixer, its width the cache bytes at the longest context of the plan."""
-    names = sorted({layer.mixer["name"] for layer in plan.layers}, key=lambda name: (name != "attention", name))
-    colour = {name: nth_colour(place) for place, name in enumerate(names)}
-    longest = max((int(tokens) for layer in plan.layers for tokens in layer.state_bytes), default=0)
-    held = [layer.state_bytes.get(str(longest), 0) for layer in plan.layers]
-    top = max([*held, 1])
+def _paint(plot: Any, lines: Sequence[Line], axes: Axes) -> None:
+    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
-    def paint(figure: Any) -> None:
-        axes = figure.subplots()
-        for layer, count in zip(plan.layers, held, strict=True):
-            name = layer.mixer["name"]
-            axes.barh(layer.index, 1.0, height=0.86, color=colour[name], alpha=0.22)
-            axes.barh(layer.index, count / top, height=0.86, color=colour[name], alpha=0.65)
-            axes.text(0.01, layer.index, f"{layer.index}  {name}", va="center", fontsize=8, fontweight="bold")
-            axes.text(0.99, layer.index, human_bytes(count), va="center", ha="right", fontsize=8)
-        axes.set(xlim=(0, 1), ylim=(len(plan.layers) - 0.4, -0.6), xticks=[], yticks=[])
-        axes.set_title(f"Layers and their cache at {longest:,} tokens of one sequence", fontsize=10, loc="left")
-        axes.spines[:].set_visible(False)
-
-    return draw(paint, 7.2, 0.55 + 0.27 * len(plan.layers))
-
-
-def loss_curves(stages: dict[str, list[tuple[float, float]]]) -> bytes:
-    """Loss against tokens, one panel for each stage; `stages` holds (tokens, loss) by stage name."""
-
-    def paint(figure: Any) -> None:
-        panels = figure.subplots(1, len(stages), squeeze=False)[0]
-        for place, (axes, (name, points)) in enumerate(zip(panels, stages.items(), strict=True)):
-            tokens, losses = zip(*points, strict=True)
-            axes.plot(tokens, losses, color=nth_colour(place), linewidth=1.2)
-            if min(losses) > 0:
-                axes.set_yscale("log")
-            axes.set_title(name, fontsize=10, loc="left")
-            axes.set_xlabel("tokens")
-            axes.grid(alpha=0.25)
-        panels[0].set_ylabel("loss")
-
-    return draw(paint, 4.4 * len(stages), 3.2)
+    for line in lines:
+        xs, ys = zip(*line.points, strict=True)
+        colour, mark = _LINES[line.colour % COLOURS], MARKS[line.colour % len(MARKS)]
+        dense = len(xs) > 24
+        style = {"color": colour, "marker": "" if dense else mark, "linewidth": 1.1 if dense else 1.5}
+        bars = None if line.spread is None else list(zip(*line.spread, strict=True))
+        plot.errorbar(xs, ys, yerr=bars, capsize=2 if line.spread else 0, elinewidth=0.9, **style)
+    plot.grid(visible=True)
+    plot.set_axisbelow(True)
+    plot.tick_params(length=2.5)
+    plot.set(xlabel=axes.x, ylabel=axes.y)
+    values = [y for line in lines for _, y in line.points]
+    if axes.lengths and min(x for line in lines for x, _ in line.points) > 0:
+        plot.set_xscale("log", base=2)
+        ticks = _apart(sorted({x for line in lines for x, _ in line.points}))
+        plot.set_xticks(ticks, [length(tick) for tick in ticks])
+        plot.xaxis.set_minor_locator(NullLocator())
+    else:
+        plot.xaxis.set_major_locator(MaxNLocator(5))
+        plot.xaxis.set_major_formatter(FuncFormatter(lambda value, _: count(value)))
+    if min(values) > 0 and (axes.bytes or (not axes.from_zero and max(values) > 4 * min(values))):
+        wide = max(values) > 300 * min(values)
+        plot.set_yscale("log", base=2 if axes.bytes else 10)
+        plot.yaxis.set_major_locator(
+            LogLocator(base=2, numticks=8) if axes.bytes else LogLocator(subs=(1.0,) if wide else (1.0, 2.0, 5.0), numticks=12)
+        )
+        plot.yaxis.set_minor_locator(NullLocator())
+    elif axes.from_zero:
+        # A share that is nothing everywhere is a line at the foot, not in the middle.
+        top = max([y + e for line in lines for (_, y), e in _with_spread(line)]) or 1.0
+        plot.set_ylim(-0.03 * top, 1.08 * top)
+    plot.yaxis.set_major_formatter(FuncFormatter(lambda value, _: human_bytes(value) if axes.bytes else f"{value:g}"))
 
 
-def against_context(reports: dict[str, Report], name: str, label: str, log_y: bool) -> bytes | None:
-    """A metric `name@T` against T, one line for each report; None when no report has it at any T."""
-    lines = {word: sorted(family(report, name).items()) for word, report in reports.items()}
-    lines = {word: points for word, points in lines.items() if points}
-    if not lines:
-        return None
+def _make_room(plot: Any) -> None:
+    """Place the axes by the length of their labels: matplotlib's own layout draws everything a second time to measure it."""
+    width, height = (72 * inches for inches in SIZE)
+    low, high = plot.get_ylim()
+    labels = [plot.yaxis.get_major_formatter()(tick) for tick in plot.get_yticks() if low <= tick <= high]
+    beside = LETTER_POINTS * max(map(len, labels), default=1) + 6
+    left = beside + (15 if plot.get_ylabel() else 2)
+    plot.set_position((left / width, 32 / height, (width - left - 10) / width, (height - 38) / height))
+    plot.yaxis.set_label_coords(-(beside + 2) / (width - left - 10), 0.5)
+    plot.yaxis.label.set_verticalalignment("bottom")
 
-    def paint(figure: Any) -> None:
-        axes = figure.subplots()
-        for place, (word, points) in enumerate(lines.items()):
-            values = [reports[word].metrics[full].value for _, full in points]
-            axes.plot([tokens for tokens, _ in points], values, "o-", color=nth_colour(place), label=word)
-        lengths = sorted({tokens for points in lines.values() for tokens, _ in points})
-        axes.set_xscale("log", base=2)
-        axes.set_xticks(lengths, [f"{tokens:,}" for tokens in lengths])
-        axes.minorticks_off()
-        if log_y:
-            axes.set_yscale("log")
-        else:
-            axes.set_ylim(0, 1.1 * axes.get_ylim()[1])
-        axes.set(xlabel="context, tokens", ylabel=label)
-        axes.grid(alpha=0.25)
-        axes.legend(frameon=False)
 
-    return draw(paint, 5.2, 3.2)
+def _with_spread(line: Line) -> Any:
+    return zip(line.points, [above for _, above in line.spread or ((0.0, 0.0),) * len(line.points)], strict=True)
+
+
+def _apart(ticks: list[float]) -> list[float]:
+    """The ticks that have room beside each other, the last always."""
+    room = math.log2(ticks[-1] / ticks[0]) / 9 if len(ticks) > 1 else 0.0
+    kept = [ticks[-1]]
+    for tick in reversed(ticks[:-1]):
+        if math.log2(kept[-1] / tick) >= room:
+            kept.append(tick)
+    return kept[::-1]
+
+
+def _for_a_page(svg: str) -> str:
+    """The element alone, without what would reach into the page: a style sheet for all of it, names, fonts and a size."""
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<metadata>.*?</metadata>|<defs>\s*<style.*?</style>\s*</defs>|<!--.*?-->", "", svg, flags=re.S)
+    svg = re.sub(
+        r"<svg[^>]*?viewBox=\"([^\"]*)\"[^>]*>", r'<svg viewBox="\1" aria-hidden="true" focusable="false">', svg, count=1
+    )
+    svg = re.sub(r'<g id="[^"]*">', "<g>", svg).replace("xlink:href", "href")
+    svg = re.sub(r" ?font-family: [^;\"]*;?", "", svg)
+    # matplotlib leaves black out: text that names no colour is to have the page's.
+    svg = re.sub("|".join(_VARIABLES), lambda found: _VARIABLES[found[0]], svg)
+    return re.sub(r"\s*\n\s*", " ", svg).replace("> <", "><").strip()

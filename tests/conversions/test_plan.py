@@ -8,8 +8,8 @@ from transformers.utils import logging
 
 from hybridize.checkpoint import open_base
 from hybridize.conversions import plan
-from hybridize.conversions.plan import kept_layers, layer_specs, plan_table, ranges
-from hybridize.core import Plan
+from hybridize.conversions.plan import kept_layers, layer_specs
+from hybridize.core import Plan, plan_table, ranges
 from hybridize.errors import ConfigError
 from hybridize.families import FAMILIES
 from hybridize.modeling import build_model, hybrid_config, state_bytes
