@@ -5,7 +5,7 @@ import importlib
 import re
 import subprocess
 import sys
-from pathlib import Path
+from pathlib import Path, PurePath
 
 import pytest
 
@@ -107,3 +107,16 @@ def test_modules_have_docstrings():
 
 def test_package_version_is_one():
     assert importlib.import_module("hybridize").__version__ == importlib.import_module("hybridize.version").__version__
+
+
+def test_every_file_of_data_goes_into_the_package():
+    patterns = re.findall(
+        r'"([^"]+)"', re.search(r"package-data\]\nhybridize = \[(.*?)\]", (ROOT / "pyproject.toml").read_text(), re.S)[1]
+    )
+    tracked = subprocess.run(
+        ["git", "ls-files", "hybridize"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout.split()
+    data = [name.removeprefix("hybridize/") for name in tracked if not name.endswith(".py")]
+    assert len(data) > 50
+    assert [name for name in data if not any(PurePath(name).match(pattern) for pattern in patterns)] == []
+    assert [pattern for pattern in patterns if not any(PurePath(name).match(pattern) for name in data)] == []

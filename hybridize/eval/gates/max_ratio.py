@@ -3,9 +3,10 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from hybridize.core import GateResult, Report
+from hybridize.core import GateResult, Metric, Report
 from hybridize.errors import ConfigError
 from hybridize.eval.lookup import resolve
+from hybridize.eval.table import human_bytes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,13 +23,18 @@ class MaxRatio:
     def __call__(self, report: Report, baseline: Report) -> GateResult:
         """Judge. Raises ConfigError when the metric is in one of them only, or the baseline's is not above 0."""
         name = resolve(self.metric, {"report": report, "baseline": baseline})
-        value, base = report.metrics[name].value, baseline.metrics[name].value
+        ours, theirs = report.metrics[name], baseline.metrics[name]
+        value, base = ours.value, theirs.value
         if not base > 0:
             raise ConfigError(f"gate 'max_ratio': {name} of the baseline is {base:.6g}, expected above 0; use max_value")
         ratio = value / base
         passed = ratio <= self.max
         detail = (
-            f"{name} is {value:.6g}, {ratio:.6g} times the baseline's {base:.6g}; "
+            f"{name} is {_spelled(ours)}, {ratio:.6g} times the baseline's {_spelled(theirs)}; "
             f"{'within' if passed else 'above'} the limit of {self.max:g}."
         )
         return GateResult(name=f"max_ratio {self.metric}", passed=passed, value=ratio, limit=self.max, detail=detail)
+
+
+def _spelled(metric: Metric) -> str:
+    return human_bytes(metric.value) if metric.unit == "bytes" else f"{metric.value:.6g}"
