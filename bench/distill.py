@@ -290,6 +290,8 @@ def engine_child(engine: str, folder: Path) -> None:
 def engines(hidden: int, mixer: str) -> dict[str, float]:
     """Alignment in memory and from disk; see the module docstring."""
     runs: dict[tuple[str, int], list[dict]] = {}
+    # Freed blocks go back at once: by itself glibc keeps holes of some MB a layer, for which real models' tensors are too large.
+    settings = {**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": str(1 << 20)}
     with tempfile.TemporaryDirectory() as name:
         for layers in (4, 16):
             folder = Path(name) / str(layers)
@@ -302,7 +304,7 @@ def engines(hidden: int, mixer: str) -> dict[str, float]:
                 staging.finish()
             for turn in ("disk", "memory") * (2 if layers == 4 else 1):
                 command = [sys.executable, __file__, "--child", turn, str(folder)]
-                done = subprocess.run(command, check=True, stdout=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"})
+                done = subprocess.run(command, check=True, stdout=subprocess.PIPE, env=settings)
                 runs.setdefault((turn, layers), []).append(json.loads(done.stdout))
     log.info("engines: %s", runs)
     disk, whole = ([runs[engine, layers][0] for layers in (4, 16)] for engine in ("disk", "memory"))
