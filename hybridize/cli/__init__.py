@@ -34,12 +34,21 @@ def app(arguments: list[str] | None = None) -> int:
         return stop.code if isinstance(stop.code, int) else 1
     except (KeyboardInterrupt, typer.Abort):
         shared.screen.close()
-        print("hybridize: stopped; the same command with --resume goes on", file=sys.stderr)
+        print(f"hybridize: stopped{_way_on(words)}", file=sys.stderr)
         return 130
     except Exception as error:
         return _usage_error(error)
     finally:
         shared.screen.close()
+
+
+def _way_on(words: list[str]) -> str:
+    """How a stopped command goes on; nothing for one that begins again."""
+    command = getattr(typer.main.get_command(shared.cli), "commands", {}).get(words[0] if words else "")
+    options = {parameter.name for parameter in getattr(command, "params", ())}
+    if "resume" in options:
+        return "; the same command with --resume goes on"
+    return "; what --cache kept is not measured again" if "cache" in options else ""
 
 
 def _usage_error(error: BaseException) -> int:

@@ -265,3 +265,15 @@ def test_the_command_line_says_how_it_was_stopped(monkeypatch, capsys, raised, c
     monkeypatch.setattr(cli, "cli", stopped)
     assert cli.app(["distill"]) == code
     assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("verb", "said"), [("eval", "stopped; what --cache kept is not measured again\n"), ("gate", "stopped\n")]
+)
+def test_a_verb_that_begins_again_does_not_promise_to_go_on(monkeypatch, capsys, verb, said):
+    def stopped(**options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "cli", stopped)
+    assert cli.app([verb]) == 130
+    assert capsys.readouterr().err.endswith(said)

@@ -8,7 +8,7 @@ import numpy as np
 
 from hybridize.core import GateResult, Report
 from hybridize.errors import ConfigError
-from hybridize.eval.gates.paired import judge_ratio, judge_rise, paired, summary
+from hybridize.eval.gates.paired import check_confidence, judge_ratio, judge_rise, paired, summary
 from hybridize.eval.lookup import family
 
 RECALL = (
@@ -39,8 +39,7 @@ class Amnesia:
     compares: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        if not 0.5 < self.confidence < 1:
-            raise ConfigError(f"confidence is {self.confidence}, expected above 0.5 and below 1")
+        check_confidence(self.confidence)
 
     def __call__(self, report: Report, baseline: Report) -> GateResult:
         """Judge; `value` is the worst lower bound of what was recovered, None where no accuracy has one.

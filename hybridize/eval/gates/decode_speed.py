@@ -4,8 +4,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from hybridize.core import GateResult, Report
-from hybridize.errors import ConfigError
-from hybridize.eval.gates.paired import student_quantile
+from hybridize.eval.gates.paired import check_confidence, student_quantile
 from hybridize.eval.lookup import metric
 
 # Two rounds have no spread worth the name.
@@ -30,8 +29,7 @@ class DecodeSpeed:
     compares: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        if not 0.5 < self.confidence < 1:
-            raise ConfigError(f"confidence is {self.confidence}, expected above 0.5 and below 1")
+        check_confidence(self.confidence)
 
     def __call__(self, report: Report, baseline: Report | None) -> GateResult:
         """Judge. Raises ConfigError when the report has no such ratio."""

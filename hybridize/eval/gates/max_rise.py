@@ -5,7 +5,7 @@ from typing import ClassVar
 
 from hybridize.core import GateResult, Report
 from hybridize.errors import ConfigError
-from hybridize.eval.gates.paired import judge_rise, paired, summary
+from hybridize.eval.gates.paired import check_confidence, judge_rise, paired, summary
 from hybridize.eval.lookup import resolve_all
 
 
@@ -27,8 +27,7 @@ class MaxRise:
     compares: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        if not 0.5 < self.confidence < 1:
-            raise ConfigError(f"confidence is {self.confidence}, expected above 0.5 and below 1")
+        check_confidence(self.confidence)
 
     def __call__(self, report: Report, baseline: Report) -> GateResult:
         """Judge; `value` is the worst upper bound, None when a metric has none.

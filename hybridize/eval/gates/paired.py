@@ -33,6 +33,12 @@ class Judged:
     detail: str
 
 
+def check_confidence(confidence: float) -> None:
+    """Raise ConfigError unless a one-sided bound can have this confidence."""
+    if not 0.5 < confidence < 1:
+        raise ConfigError(f"confidence is {confidence}, expected above 0.5 and below 1")
+
+
 def paired(gate: str, name: str, report: Report, baseline: Report) -> tuple[np.ndarray, np.ndarray]:
     """Per-item scores of a metric in both reports, [items] each, fp64, in one order.
 
@@ -174,7 +180,7 @@ def summary(judged: list[Judged], closest: Callable[[list[float]], float]) -> st
     parts = [one.detail for one in judged if one.state in ("lost", "undecided")]
     if held := [one for one in judged if one.state == "held"]:
         bound = closest([one.bound for one in held if one.bound is not None])
-        more = f", {len(held) - 1} more are no nearer to the limit" if len(held) > 1 else ""
+        more = f", and {len(held) - 1} no nearer to the limit" if len(held) > 1 else ""
         parts.append(next(one.detail for one in held if one.bound == bound) + more)
     silent = [one for one in judged if one.state == "says nothing"]
     if len(silent) > 2:

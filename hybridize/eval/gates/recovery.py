@@ -7,7 +7,7 @@ import numpy as np
 
 from hybridize.core import GateResult, Report
 from hybridize.errors import ConfigError
-from hybridize.eval.gates.paired import judge_ratio, paired, summary
+from hybridize.eval.gates.paired import check_confidence, judge_ratio, paired, summary
 from hybridize.eval.lookup import resolve_all
 
 # A task stands for one of these, the first it has.
@@ -42,8 +42,7 @@ class Recovery:
     def __post_init__(self) -> None:
         if not self.tasks and not self.metrics:
             raise ConfigError("tasks and metrics are empty, expected at least one name")
-        if not 0.5 < self.confidence < 1:
-            raise ConfigError(f"confidence is {self.confidence}, expected above 0.5 and below 1")
+        check_confidence(self.confidence)
         names = {*self.tasks, *self.metrics}
         if isinstance(self.chance, dict) and (unknown := sorted(set(self.chance) - names)):
             raise ConfigError(f"chance names {unknown[0]!r}, expected one of {', '.join(sorted(names))}")

@@ -311,7 +311,7 @@ def read_item(task: Any, sample: dict[str, Any], metric: str) -> Item:
             shown = [text.removeprefix(prompt) for text in whole]
         lengths = {"acc_norm": [len(choice) for choice in choices], "acc_bytes": [len(choice.encode()) for choice in choices]}
         sizes = lengths.get(metric, [1] * len(choices))
-        scores = [answer[0] / size if size else -math.inf for answer, size in zip(answers, sizes, strict=False)]
+        scores = [answer[0] / size if size else -math.inf for answer, size in zip(answers[: len(sizes)], sizes, strict=True)]
         given = shown[scores.index(max(scores))]
         right = wanted if isinstance(wanted, list) else [wanted]
         expected = " or ".join(shown[place] if isinstance(place, int) else str(place) for place in right)

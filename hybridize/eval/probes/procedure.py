@@ -152,5 +152,5 @@ def rows_of(template: str, text: str, count: int) -> list[str]:
 
 
 def share_of_rows(written: list[str], rows: list[str]) -> float:
-    """Rows that stand in their place, as a share of those asked for."""
+    """Rows that stand in their place, as a share of those asked for; `written` may be shorter."""
     return sum(ours == theirs for ours, theirs in zip(written, rows, strict=False)) / len(rows)
