@@ -15,7 +15,14 @@ from torch import Tensor
 from transformers import AutoConfig
 
 from hybridize.checkpoint import (
-    INDEX, TIED, Checkpoint, copy_companions, group_of, is_finite, open_checkpoint, skeleton,
+    INDEX,
+    TIED,
+    Checkpoint,
+    copy_companions,
+    group_of,
+    is_finite,
+    open_checkpoint,
+    skeleton,
 )  # fmt: skip
 from hybridize.core import digest
 from hybridize.errors import CheckpointError, ConfigError
@@ -23,6 +30,7 @@ from hybridize.lineage import is_complete, read_lineage, verify_files, versions,
 from hybridize.native import choose, target
 from hybridize.native.proof import Proof, prove, refused
 from hybridize.native.target import Made
+from hybridize.native.tokenizer import keep_tokenizer
 from hybridize.shards import Planned, index_of, new_buffer, plan_shards, stream_tensor, tensor_bytes, write_shard
 from hybridize.storage import Staging, check_output, require_space, sweep, to_json, write_json, write_text
 
@@ -156,7 +164,7 @@ class Job:
     def write(self, staging: Staging, records: dict[str, dict[str, Any]], progress: Progress | None) -> None:
         """Write what is not written yet: shards, index, config and companions; `records` is completed."""
         pending = [shard for shard in self.shards if shard.name not in records]
-        total, done = sum(shard.nbytes for shard in pending), 0
+        total, done = sum(tensor.nbytes for shard in pending for tensor in shard.tensors), 0
 
         def advance(count: int) -> None:
             nonlocal done
@@ -171,6 +179,8 @@ class Job:
             write_json(staging.folder / INDEX, index_of(self.shards))
         write_text(staging.folder / "config.json", to_json(self.fields))
         copy_companions(self.found.path, staging.folder)
+        if keep_tokenizer(self.found.path, staging.folder):
+            log.info("%s: tokenizer.json spelled out, since %s reads the files otherwise", staging.out, self.name)
 
     def pieces(self) -> Callable[[Planned], Iterator[memoryview]]:
         """The bytes of each tensor; holds one buffer, or one tensor with its sources."""
