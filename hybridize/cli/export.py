@@ -55,15 +55,13 @@ def _texts(found: Any, data: str | None) -> dict[str, Any]:
     import torch
 
     from hybridize.data import read_tokens
+    from hybridize.data.same_tokenizer import load_tokenizer, tokenizer_file
     from hybridize.errors import ConfigError
     from hybridize.native.proof import ROWS, sequence_tokens
-    from hybridize.pipeline import load_tokenizer
 
-    tokenizer, length = load_tokenizer(found.path), sequence_tokens(found.config)
-    if tokenizer is None:
-        if data is not None:
-            raise ConfigError(f"{found.path}: has no tokenizer to read --data with. Leave --data out, or add one")
+    if data is None and tokenizer_file(found.path) is None:
         return {}
+    tokenizer, length = load_tokenizer(found.path), sequence_tokens(found.config)
     if data is None:
         from pydoc_data.topics import topics
 

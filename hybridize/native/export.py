@@ -28,7 +28,7 @@ from hybridize.core import digest
 from hybridize.errors import CheckpointError, ConfigError
 from hybridize.lineage import is_complete, read_lineage, verify_files, versions, write_lineage, write_manifest
 from hybridize.native import choose, target
-from hybridize.native.proof import Proof, prove, refused
+from hybridize.native.proof import PADDED, Proof, prove, refused
 from hybridize.native.target import Made
 from hybridize.native.tokenizer import keep_tokenizer
 from hybridize.shards import Planned, index_of, new_buffer, plan_shards, stream_tensor, tensor_bytes, write_shard
@@ -101,13 +101,16 @@ def export(
         require_space(staging.folder, sum(shard.nbytes for shard in job.shards if shard.name not in records))
         job.write(staging, records, progress)
         proof = tuple(prove(found, staging.folder, job.config, texts or {}, progress))
-        if reason := refused(proof, found.config):
+        if reason := refused(found for found in proof if found.text != PADDED):
             if not allow_approximate:
                 # Nothing finished: what is there goes with the error.
                 staging.journal["finished"].clear()
                 raise ConfigError(f"{out}: {name} computes another function than the hybrid: {reason}. "
                                   "--allow-approximate keeps it; nothing was written")  # fmt: skip
             log.warning("%s: approximate: %s", out, reason)
+        if padding := refused(found for found in proof if found.text == PADDED):
+            log.warning("%s: %s does not take padding for nothing: %s. Texts of one length, and servers that pack, are exact",
+                        out, name, padding)  # fmt: skip
         write_manifest(staging.folder, records)
         approximate = {"approximate": reason} if reason else {}
         write_lineage(staging.folder, {**lineage, **approximate, "proof": [vars(found) for found in proof]})
