@@ -378,11 +378,13 @@ def finish_directory(
     source: Path,
     lineage: dict[str, Any],
 ) -> None:
-    """What follows the weights: index, config, companions, manifest, lineage; then all is read back and checked."""
+    """What follows the weights: index, config, a hybrid's code, companions, manifest, lineage; then all is read back and checked."""
     folder = staging.folder
     if len(shards) > 1:
         write_json(folder / INDEX, index_of(shards))
     write_text(folder / "config.json", config.to_json_string())
+    if config.model_type.startswith("hybrid_"):
+        config.write_code(folder)
     for name in companions(source):
         write_bytes(folder / name, read_small(inside(source, name), limit=1 << 30))
     write_manifest(folder, records)
