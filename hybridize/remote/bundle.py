@@ -128,7 +128,8 @@ class Kept:
             if name in self.statements:
                 yield module(name)
 
-        for name in names:
+        # Those that only a function imports may come last.
+        for name in (*names, *sorted(self.statements)):
             yield from visit(name)
 
     def _needed(self, own: Module, statement: Statement) -> Iterator[Definition | External]:
