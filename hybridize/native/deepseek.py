@@ -36,6 +36,7 @@ def sizes(config: Any, mixers: Specs) -> tuple[int, int]:
 
 
 def rope_type(config: Any) -> str:
+    """Of the base's rotary embedding."""
     return (config.rope_parameters or {}).get("rope_type", "default")
 
 
@@ -119,7 +120,8 @@ class DeepseekV3(Target):
 
 def rope_parameters(config: Any, rope: int) -> dict[str, Any]:
     """The rotary embedding of the class: the base's frequencies, and with them the scale."""
-    found = {key: value for key, value in config.rope_parameters.items() if key not in ("mscale", "mscale_all_dim")}
+    own = ("mscale", "mscale_all_dim", "attention_factor")
+    found = {key: value for key, value in config.rope_parameters.items() if key not in own}
     # cos and sin of a base with YaRN are longer; here they are not, and the temperature has the square of it for all parts.
     longer = float(family_of(config).rotary(config).attention_scaling)
     if found.get("factor", 1) == 1:
@@ -130,8 +132,6 @@ def rope_parameters(config: Any, rope: int) -> dict[str, Any]:
             "rope_type": "yarn", "rope_theta": theta, "factor": float(FACTOR), "original_max_position_embeddings": context,
             "beta_fast": fast, "beta_slow": slow,
         }  # fmt: skip
-    elif found["rope_type"] == "yarn":
-        found["attention_factor"] = 1.0
     # Scores are multiplied by (1 + m / 10 log factor)^2, cos and sin by the quotient of that of both m.
     temperature = ((1 + rope / head_dim(config)) ** 0.25 * longer - 1) / (0.1 * math.log(found["factor"]))
     both = {"mscale": temperature} if found["rope_type"] == "yarn" else {}

@@ -123,7 +123,7 @@ def _tensor(config: Any, mixers: Specs, name: str, index: int | None, part: str)
         case "v_proj.weight":
             return Made(name=name, sources=(name, before), make=_behind_norm)
         case "o_proj.weight":
-            return Made(name=name, sources=(name,), make=lambda rows: rows * 2)
+            return Made(name=name, sources=(name,), make=_doubled)
         case "q_norm.weight":
             return Made(name=name, sources=(norms["q"], norms["k"]), make=lambda q, k: _balanced(q, k)[0])
         case "k_norm.weight":
@@ -156,7 +156,9 @@ def _norm(weight: Tensor) -> Tensor:
 
 def _behind_norm(rows: Tensor, norm: Tensor) -> Tensor:
     """A linear's weight [out, in] whose input comes from a norm stored by `_norm`; no bit of it is lost."""
-    return rows / _scale(norm).to(rows.dtype)
+    # fp16 has no numbers as large as the factor of a tiny weight.
+    wide = torch.promote_types(rows.dtype, torch.float32)
+    return (rows.to(wide) / _scale(norm).to(wide)).to(rows.dtype)
 
 
 def _signed(rows: Tensor, before: Tensor, norm: Tensor) -> Tensor:
@@ -169,6 +171,11 @@ def _ungated(rows: Tensor, width: int) -> Tensor:
     """Each head's queries, then as many rows of its gate, which are zeros."""
     heads = rows.unflatten(0, (-1, width))
     return torch.cat([heads, torch.zeros_like(heads)], dim=1).flatten(0, 1)
+
+
+def _doubled(rows: Tensor) -> Tensor:
+    """o_proj behind a gate of one half."""
+    return rows * 2
 
 
 def _balanced(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
@@ -187,7 +194,7 @@ def _balanced(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _repeated(config: Any, spec: dict[str, Any]) -> Callable[[Tensor], Tensor] | None:
-    """Repeats grouped rows [q | k | v] for every query head: head h reads group h // (H / n_kv). None where heads are expanded."""
+    """Repeats grouped rows [q | k | v] for every query head: head h reads group h // (H / n_kv). None where there is no need."""
     width, heads, groups = head_dim(config), config.num_attention_heads, config.num_key_value_heads
     if spec["heads"] == "expanded" or heads == groups:
         return None
