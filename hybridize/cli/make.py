@@ -35,10 +35,10 @@ def info(checkpoint: Annotated[str, typer.Argument(metavar="DIR", help="Director
     Family, layers, mixers, parameters, context, cache bytes at several lengths, and the native class that would fit.
     """
     from hybridize.checkpoint import describe
-    from hybridize.conversions.native import native_verdict
     from hybridize.eval.table import human_bytes
     from hybridize.hub import resolve_base
     from hybridize.modeling import state_bytes
+    from hybridize.native import native_verdict
 
     found = describe(resolve_base(checkpoint, weights=False))
     mixers = found.config.mixers if found.is_hybrid else [{"name": "attention"}] * found.config.num_hidden_layers
@@ -66,10 +66,10 @@ def info(checkpoint: Annotated[str, typer.Argument(metavar="DIR", help="Director
             ["parameters", f"{parameters:,}"],
             ["context", f"{value['context']:,} tokens (rope_type {value['rope']['rope_type']})"],
             *([f"state at {t} tokens", human_bytes(n)] for t, n in value["state_bytes"].items()),
-            ["native class", f"{value['native']['target']} ({value['native']['reason']})"],
         ],
         str(found.path),
     )  # fmt: skip
+    shared.show_engines(value["native"])
     shared.screen.result(value)
 
 

@@ -62,18 +62,19 @@ def obstacle(config: Any, mixers: Specs) -> str:
     return next(reason for reason in [*(r for r in reasons if r and "is a class for" not in r), *reasons] if reason)
 
 
-def native_verdict(config: Any, mixers: Specs) -> dict[str, Any]:
+def native_verdict(config: Any, mixers: Specs, only: str | None = None) -> dict[str, Any]:
     """Which native class a plan has, and what each engine would do with it; said before anything is converted.
 
     Args:
         config: of the base, or a hybrid's.
         mixers: {"name": ..., **every option} of each layer.
+        only: a native class that fits, to hear of that one alone.
 
     Returns:
         {"target": model_type of the native class or "none", "reason": one sentence,
         "engines": {engine: {"target": what to export to or "none", "reason": how it is run, or why not}}}.
     """
-    fits = fitting(config, mixers)
+    fits = fitting(config, mixers) if only is None else [only]
     if not fits:
         reason = f"{obstacle(config, mixers)}; the hybrid loads through this package"
         none = {"target": "none", "reason": obstacle(config, mixers)}

@@ -15,14 +15,22 @@ from torch import Tensor
 from transformers import AutoConfig
 
 from hybridize.checkpoint import (
-    INDEX, TIED, Checkpoint, copy_companions, group_of, is_finite, open_checkpoint, skeleton,
+    INDEX,
+    TIED,
+    Checkpoint,
+    copy_companions,
+    group_of,
+    is_finite,
+    open_checkpoint,
+    skeleton,
 )  # fmt: skip
 from hybridize.core import digest
 from hybridize.errors import CheckpointError, ConfigError
 from hybridize.lineage import is_complete, read_lineage, verify_files, versions, write_lineage, write_manifest
 from hybridize.native import choose, target
-from hybridize.native.proof import Proof, prove, refused
+from hybridize.native.proof import PADDED, Proof, prove, refused
 from hybridize.native.target import Made
+from hybridize.native.tokenizer import keep_tokenizer
 from hybridize.shards import Planned, index_of, new_buffer, plan_shards, stream_tensor, tensor_bytes, write_shard
 from hybridize.storage import Staging, check_output, require_space, sweep, to_json, write_json, write_text
 
@@ -93,13 +101,16 @@ def export(
         require_space(staging.folder, sum(shard.nbytes for shard in job.shards if shard.name not in records))
         job.write(staging, records, progress)
         proof = tuple(prove(found, staging.folder, job.config, texts or {}, progress))
-        if reason := refused(proof, found.config):
+        if reason := refused(found for found in proof if found.text != PADDED):
             if not allow_approximate:
                 # Nothing finished: what is there goes with the error.
                 staging.journal["finished"].clear()
                 raise ConfigError(f"{out}: {name} computes another function than the hybrid: {reason}. "
                                   "--allow-approximate keeps it; nothing was written")  # fmt: skip
             log.warning("%s: approximate: %s", out, reason)
+        if padding := refused(found for found in proof if found.text == PADDED):
+            log.warning("%s: %s does not take padding for nothing: %s. Texts of one length, and servers that pack, are exact",
+                        out, name, padding)  # fmt: skip
         write_manifest(staging.folder, records)
         approximate = {"approximate": reason} if reason else {}
         write_lineage(staging.folder, {**lineage, **approximate, "proof": [vars(found) for found in proof]})
@@ -156,7 +167,7 @@ class Job:
     def write(self, staging: Staging, records: dict[str, dict[str, Any]], progress: Progress | None) -> None:
         """Write what is not written yet: shards, index, config and companions; `records` is completed."""
         pending = [shard for shard in self.shards if shard.name not in records]
-        total, done = sum(shard.nbytes for shard in pending), 0
+        total, done = sum(tensor.nbytes for shard in pending for tensor in shard.tensors), 0
 
         def advance(count: int) -> None:
             nonlocal done
@@ -171,6 +182,8 @@ class Job:
             write_json(staging.folder / INDEX, index_of(self.shards))
         write_text(staging.folder / "config.json", to_json(self.fields))
         copy_companions(self.found.path, staging.folder)
+        if keep_tokenizer(self.found.path, staging.folder):
+            log.info("%s: tokenizer.json spelled out, since %s reads the files otherwise", staging.out, self.name)
 
     def pieces(self) -> Callable[[Planned], Iterator[memoryview]]:
         """The bytes of each tensor; holds one buffer, or one tensor with its sources."""

@@ -9,6 +9,9 @@ from torch import Tensor
 from hybridize.families import family_of, head_dim
 from hybridize.native.target import Made, Specs, Target, carried, each_layer
 
+# transformers masks padding in front of in_proj alone; what its bias says of padding goes through the convolution.
+PADDING = "padding on the left reaches the first tokens where in_proj's bias on x, B or C is not 0"
+
 
 def no_mamba2(config: Any, mixers: Specs) -> str | None:
     """What keeps layers of attention and Mamba2 from the classes of transformers that have both."""
@@ -116,6 +119,8 @@ class GraniteMoeHybrid(Target):
     def engine(self, engine: str, config: Any, mixers: Specs) -> tuple[bool, str]:
         if engine in ("vLLM", "SGLang") and head_dim(config) * config.num_attention_heads != config.hidden_size:
             return False, f"takes head_dim = hidden_size / heads, the base has {head_dim(config)}"
+        if engine == "transformers" and any(spec.get("proj_bias") for spec in mixers):
+            return True, f"{self.architecture}; {PADDING}"
         return super().engine(engine, config, mixers)
 
     def config(self, config: Any, mixers: Specs) -> dict[str, Any]:

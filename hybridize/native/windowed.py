@@ -13,6 +13,7 @@ def window_of(mixers: Specs) -> int | None:
 
 
 def layer_types(mixers: Specs) -> list[str]:
+    """The kind of each layer in the words of a native config."""
     return ["sliding_attention" if spec["name"] == "streaming" else "full_attention" for spec in mixers]
 
 

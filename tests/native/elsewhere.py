@@ -49,25 +49,19 @@ class Refuse:
             raise ModuleNotFoundError("No module named 'hybridize'", name="hybridize")
 
 
-def told(ids: torch.Tensor, new_tokens: int) -> dict[str, Any]:
-    """What greedy decoding of prompts [B, T] is asked for; a random model ends a text anywhere, and rows are to be of one length."""
-    return {
-        "attention_mask": torch.ones_like(ids), "max_new_tokens": new_tokens, "min_new_tokens": new_tokens,
-        "do_sample": False, "pad_token_id": 0,
-    }  # fmt: skip
-
-
 def answers(model: Any, ids: torch.Tensor, new_tokens: int = 16, beams: int = 3, cut: int = 0) -> dict[str, list[Any]]:
     """What `load_elsewhere` returns of generation, of a model in this process."""
-    asked = told(ids, new_tokens)
-    found = {"greedy": model.generate(ids, **asked), "no_cache": model.generate(ids, **asked, use_cache=False)}
+    told = {"attention_mask": torch.ones_like(ids), "max_new_tokens": new_tokens, "do_sample": False}
+    # A random model ends a text whenever it likes; all rows are to be equally long.
+    told |= {"min_new_tokens": new_tokens, "pad_token_id": 0}
+    found = {"greedy": model.generate(ids, **told), "no_cache": model.generate(ids, **told, use_cache=False)}
     if beams:
-        found["beams"] = model.generate(ids, **asked, num_beams=beams)
+        found["beams"] = model.generate(ids, **told, num_beams=beams)
     if cut:
-        ids, mask = ids.clone(), asked["attention_mask"]
+        ids, mask = ids.clone(), told["attention_mask"]
         ids[0, :cut], mask[0, :cut] = 0, 0
-        found["padded"] = model.generate(ids, **asked)
-        found["unpadded"] = model.generate(ids[:1, cut:], **{**asked, "attention_mask": mask[:1, cut:]})
+        found["padded"] = model.generate(ids, **told)
+        found["unpadded"] = model.generate(ids[:1, cut:], **{**told, "attention_mask": mask[:1, cut:]})
     return {key: value.tolist() for key, value in found.items()}
 
 
