@@ -16,6 +16,8 @@ TARGETS = Registry(
         "qwen3": "hybridize.native.windowed:OwnQwen3",
         "ministral": "hybridize.native.windowed:Ministral",
         "granitemoehybrid": "hybridize.native.granite:GraniteMoeHybrid",
+        "qwen3_5_text": "hybridize.native.qwen3_5:Qwen35",
+        "deepseek_v3": "hybridize.native.deepseek:DeepseekV3",
     },
 )
 

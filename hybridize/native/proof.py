@@ -155,9 +155,11 @@ def _logits(
 ) -> Tensor:  # fmt: skip
     """Logits [N, places, V] of a causal LM whose layers come from `read` one at a time, in `dtype`."""
     config = type(config).from_dict({**config.to_dict(), "dtype": str(dtype).removeprefix("torch.")})
+    # Eager attention takes its softmax in fp32, where fp64's mask is -inf and a row of padding becomes NaN.
+    attention = "sdpa" if dtype == torch.float64 else "eager"
     # Buffers that are computed from the config, such as rotary frequencies, are made; parameters are not.
     with init_empty_weights(include_buffers=False):
-        model: Any = AutoModelForCausalLM.from_config(config, attn_implementation="eager", dtype=dtype)
+        model: Any = AutoModelForCausalLM.from_config(config, attn_implementation=attention, dtype=dtype)
     model.eval()
 
     def fill(module: nn.Module, prefix: str) -> None:

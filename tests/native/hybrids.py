@@ -8,7 +8,7 @@ from hybridize.modeling import FP32_PARAMETERS, build_model, hybrid_config
 from tests.tiny import tiny_base
 
 
-def random_hybrid(family, tmp, section, dtype=torch.float32, norms=(0.5, 1.5), **overrides):
+def random_hybrid(family, tmp, section, dtype=torch.float32, norms=(0.5, 1.5), qk_norms=None, **overrides):
     """Save a random hybrid and return its folder.
 
     Args:
@@ -17,6 +17,7 @@ def random_hybrid(family, tmp, section, dtype=torch.float32, norms=(0.5, 1.5), *
         section: which layers, as a recipe has it.
         dtype: it is stored in.
         norms: range of the norms' weights.
+        qk_norms: those of the q-norms and of the k-norms, where they have others.
         **overrides: fields of the base's config.
     """
     made = plan(open_base(tiny_base(family, tmp, **overrides)), section, "test", 0)
@@ -24,11 +25,13 @@ def random_hybrid(family, tmp, section, dtype=torch.float32, norms=(0.5, 1.5), *
     config.dtype = dtype
     with torch.random.fork_rng(devices=[]):
         model = build_model(config)
-    generator, (low, high) = torch.Generator().manual_seed(3), norms
+    generator = torch.Generator().manual_seed(3)
+    ranges = dict(zip(("q_norm", "k_norm"), qk_norms or (norms, norms), strict=True))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator)
             if "norm" in name and parameter.dim() == 1:
+                low, high = ranges.get(name.split(".")[-2], norms)
                 parameter.copy_(low + (high - low) * torch.rand(parameter.shape, generator=generator))
             elif parameter.dim() == 1:
                 parameter.copy_(0.5 * noise)
