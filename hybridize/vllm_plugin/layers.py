@@ -11,6 +11,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from vllm.distributed import get_tensor_model_parallel_world_size
 from vllm.model_executor.layers.attention import MLAAttention
@@ -26,6 +27,7 @@ from vllm.model_executor.layers.mamba.mamba_mixer2 import MambaMixer2
 from vllm.model_executor.model_loader.weight_utils import sharded_weight_loader
 from vllm.model_executor.models.llama import LlamaAttention
 from vllm.model_executor.utils import set_weight_attrs
+from vllm.platforms import current_platform
 
 from hybridize.families import family_of, head_dim
 from hybridize.mixers.gdn import GDN
@@ -157,7 +159,8 @@ class GDNLayer(QwenGatedDeltaNetAttention):
             linear_conv_kernel_dim=option.conv_tokens,
         )
         super().__init__(sizes, vllm_config, prefix)
-        _fp32(self, "dt_bias", "A_log")
+        # vLLM's kernel for CPUs reads dt_bias in the model's dtype alone; those for GPUs widen what they are given.
+        _fp32(self, *(() if current_platform.is_cpu() else ("dt_bias",)), "A_log")
 
     def create_qkvz_proj(
         self, hidden_size: int, key_dim: int, value_dim: int, quant_config: Any, prefix: str
@@ -181,7 +184,10 @@ class GDNLayer(QwenGatedDeltaNetAttention):
 
 
 class LatentLayer(nn.Module):
-    """Latent attention with the mixer's own rotary pairs, norms, biases and score scale."""
+    """Latent attention with the mixer's own rotary pairs, norms, biases and score scale.
+
+    vLLM's cache has few widths: a latent is made up with zeros, which no score and no value sees.
+    """
 
     zeros: tuple[str, ...] = ()
     q_rope_proj: Any
@@ -195,6 +201,8 @@ class LatentLayer(nn.Module):
         heads, hidden, bias = config.num_attention_heads, config.hidden_size, family.has_qkv_bias(config)
         self.num_heads = heads // get_tensor_model_parallel_world_size()
         self.rank, self.rope = option.sizes(config)
+        held = config.kv_lora_rank
+        self.made_up = held - self.rank
         self.normed = family.qk_norm and option.qk_norm == "keep"
         keys = config.num_key_value_heads * self.width
         queries = self.width if self.normed else self.width + self.rope
@@ -216,7 +224,7 @@ class LatentLayer(nn.Module):
             set_weight_attrs(self.q_rope_proj.weight, {"weight_loader": sharded_weight_loader(0)})
         if option.latent_norm == "rms":
             self.kv_a_layernorm = RMSNorm(self.rank, eps=LATENT_EPS)
-        self.kv_b_proj = linear(ColumnParallelLinear, self.rank, heads * 2 * self.width, False, "kv_b_proj")
+        self.kv_b_proj = linear(ColumnParallelLinear, held, heads * 2 * self.width, False, "kv_b_proj")
         self.o_proj = linear(RowParallelLinear, heads * self.width, hidden, family.has_out_bias(config), "o_proj")
         rotary = family.rotary(config)
         self.turn_scale = float(rotary.attention_scaling)
@@ -230,7 +238,7 @@ class LatentLayer(nn.Module):
             qk_rope_head_dim=self.rope,
             v_head_dim=self.width,
             q_lora_rank=None,
-            kv_lora_rank=self.rank,
+            kv_lora_rank=held,
             kv_b_proj=self.kv_b_proj,
             cache_config=vllm_config.cache_config,
             quant_config=quant,
@@ -252,6 +260,7 @@ class LatentLayer(nn.Module):
         latent = latent.contiguous()
         if hasattr(self, "kv_a_layernorm"):
             latent = self.kv_a_layernorm(latent)
+        latent = F.pad(latent, (0, self.made_up))
         angles = positions[:, None].float() * self.inv_freq[self.rope_pairs.long()]
         angles = torch.cat([angles, angles], dim=-1)
         cos, sin = ((part * self.turn_scale).to(q.dtype) for part in (angles.cos(), angles.sin()))

@@ -20,6 +20,9 @@ ROPES = ("default", "linear", "llama3", "yarn")
 # Taps of vLLM's causal convolution (model_executor/layers/mamba/ops/causal_conv1d.py: 2 to 4 in all of its kernels).
 TAPS = (2, 4)
 
+# Widths of a latent and its rotary key that every backend takes (layers/attention/mla_attention.py, MLACommonBackend).
+LATENTS = (320, 512, 576)
+
 
 def obstacle(config: Any, mixers: list[dict[str, Any]], tensor_parallel: int = 1) -> str | None:
     """Why vLLM cannot serve these layers over a config, in one line, or None.
@@ -84,25 +87,44 @@ def _gdn(config: Any, option: GDN) -> str | None:
 
 
 def _together(config: Any, options: list[Any], tensor_parallel: int) -> str | None:
-    latent = [option for option in options if isinstance(option, MLA)]
-    if not latent:
-        return None
     # layers/attention/mla_attention.py, get_mla_dims: one set of sizes, read from the config.
-    sizes = sorted({option.sizes(config) for option in latent})
+    sizes = sorted({option.sizes(config) for option in options if isinstance(option, MLA)})
+    if not sizes:
+        return None
     if len(sizes) > 1:
         return f"mla layers have several (kv_rank, rope_dim): {', '.join(map(str, sizes))}; vLLM has one set for all layers"
+    if sum(sizes[0]) > LATENTS[-1]:
+        return f"kv_rank + rope_dim is {sum(sizes[0])}, vLLM's cache of latents has up to {LATENTS[-1]}; plan a smaller kv_rank"
+    width = latent_width(config, options)
+    if not _pages_agree(config, options, width, tensor_parallel):
+        return (
+            f"keys and values of a token have {_attended(config, tensor_parallel)} numbers on a GPU, its latent {width}: with "
+            "recurrent layers beside them vLLM needs a multiple. Use latent layers in place of attention"
+        )
+    return None
+
+
+def _attended(config: Any, tensor_parallel: int) -> int:
+    return 2 * max(1, config.num_key_value_heads // tensor_parallel) * head_dim(config)
+
+
+def _pages_agree(config: Any, options: list[Any], width: int, tensor_parallel: int) -> bool:
+    """Whether vLLM can give all layers pages of one size.
+
+    v1/core/kv_cache_planning.py, unify_kv_cache_spec_page_size: a latent's page grows by whole numbers, all others are padded.
+    Without recurrent layers there are other ways (get_kv_cache_groups), without attention there is nothing to agree with.
+    """
     attends = any(not isinstance(option, MLA | Mamba2 | GDN) for option in options)
     recurrent = any(isinstance(option, Mamba2 | GDN) for option in options)
-    if attends and recurrent:
-        # v1/core/kv_cache_planning.py, unify_kv_cache_spec_page_size: pages of one size, latent ones are never padded.
-        groups = max(1, config.num_key_value_heads // tensor_parallel)
-        keys, width = 2 * groups * head_dim(config), sum(sizes[0])
-        if keys > width and keys % width:
-            return (
-                f"keys and values of a token have {keys} numbers, its latent {width}: with recurrent layers beside them "
-                "vLLM needs a multiple. Use latent layers in place of attention, or another kv_rank"
-            )
-    return None
+    attended = _attended(config, tensor_parallel)
+    return not (attends and recurrent) or attended <= width or attended % width == 0
+
+
+def latent_width(config: Any, options: list[Any]) -> int:
+    """Numbers of a token in vLLM's cache of a latent layer: kv_rank + rope_dim, made up with zeros to a width that vLLM has."""
+    needed = max(sum(option.sizes(config)) for option in options if isinstance(option, MLA))
+    enough = [width for width in LATENTS if width >= needed]
+    return next((width for width in enough if _pages_agree(config, options, width, 1)), enough[0])
 
 
 def extra_fields(config: Any, options: list[Any]) -> dict[str, Any]:
@@ -112,10 +134,12 @@ def extra_fields(config: Any, options: list[Any]) -> dict[str, Any]:
     fields: dict[str, Any] = {"layer_types": ["linear_attention" if state else "full_attention" for state in recurrent]}
     # Tokens of a chunk in vLLM's scan: its speed, not its result.
     fields["mamba_chunk_size"] = 256
+    # Backends of the delta rule are chosen by these.
+    fields |= {"linear_key_head_dim": head_dim(config), "linear_value_head_dim": head_dim(config)}
     latent = next((option for option in options if isinstance(option, MLA)), None)
     if latent is not None:
-        rank, rope = latent.sizes(config)
-        width = head_dim(config)
+        rope, width = latent.sizes(config)[1], head_dim(config)
+        rank = latent_width(config, options) - rope
         fields |= {
             "q_lora_rank": None, "kv_lora_rank": rank, "qk_nope_head_dim": width, "qk_rope_head_dim": rope, "v_head_dim": width,
         }  # fmt: skip

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from hybridize.errors import CheckpointError
@@ -19,6 +20,7 @@ from hybridize.families import head_dim
 from hybridize.mixers.gdn import GDN
 from hybridize.mixers.mamba2 import Mamba2
 from hybridize.mixers.mla import MLA
+from hybridize.vllm_plugin.verdict import latent_width
 
 Shard = int | str | None
 
@@ -70,9 +72,10 @@ def parts(config: Any, options: list[Any], name: str, tensor: Tensor) -> Iterato
             yield Part(name, None, tensor)
         return
     option = options[int(layer)]
-    makers = {Mamba2: _mamba2, GDN: _gdn, MLA: _mla}
-    make = makers.get(type(option), _attention)
-    made = make(config, option, rest, tensor)
+    if isinstance(option, MLA):
+        made = _mla(config, option, rest, tensor, latent_width(config, options))
+    else:
+        made = {Mamba2: _mamba2, GDN: _gdn}.get(type(option), _attention)(config, option, rest, tensor)
     if made is None:
         raise CheckpointError(f"{name}: a {type(option).__name__} layer has no such tensor. Convert the checkpoint again")
     for part in made:
@@ -126,16 +129,11 @@ def _gdn(config: Any, option: GDN, rest: str, tensor: Tensor) -> list[Part] | No
     return [Part(rest, None, tensor)] if whole else None
 
 
-def _mla(config: Any, option: MLA, rest: str, tensor: Tensor) -> list[Part] | None:
-    modules = (
-        "q_proj",
-        "k_proj",
-        "q_norm",
-        "k_norm",
-        "q_rope_proj",
-        "kv_a_proj_with_mqa",
-        "kv_a_layernorm",
-        "kv_b_proj",
-        "o_proj",
-    )
-    return [Part(rest, None, tensor)] if rest == "rope_pairs" or rest.rpartition(".")[0] in modules else None
+def _mla(config: Any, option: MLA, rest: str, tensor: Tensor, width: int) -> list[Part] | None:
+    """kv_b_proj reads a latent that is made up to vLLM's width with zeros."""
+    module = rest.rpartition(".")[0]
+    if module == "kv_b_proj":
+        rank, rope = option.sizes(config)
+        return [Part(rest, None, F.pad(tensor, (0, width - rank - rope)))]
+    modules = ("q_proj", "k_proj", "q_norm", "k_norm", "q_rope_proj", "kv_a_proj_with_mqa", "kv_a_layernorm", "o_proj")
+    return [Part(rest, None, tensor)] if rest == "rope_pairs" or module in modules else None
