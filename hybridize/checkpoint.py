@@ -378,7 +378,7 @@ def finish_directory(
     source: Path,
     lineage: dict[str, Any],
 ) -> None:
-    """What follows the weights: index, config, a hybrid's code, companions, manifest, lineage; then all is read back and checked."""
+    """What follows the weights: index, config, a hybrid's code, companions, manifest, lineage; then all is read back."""
     folder = staging.folder
     if len(shards) > 1:
         write_json(folder / INDEX, index_of(shards))
