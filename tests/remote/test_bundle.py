@@ -207,6 +207,15 @@ MODULES = {
             def again(self) -> "sum":
                 return self
 
+        SMALL = {
+            "llama": sum,
+            "qwen2": nobodys,
+        }
+        TABLE = {
+            "x": "hybridize.c:Top",
+            "y": "hybridize.nowhere:X",
+        }
+
         @dataclass
         class Top:
             LIMIT: int = 5
@@ -215,10 +224,13 @@ MODULES = {
             def run(self, floor=lambda LIMIT: LIMIT + 1):
                 from hybridize.a import LIMIT, helper as first
                 from hybridize.b import helper
+                told = f"{LIMIT}{helper(2):>3}"
+                assert told == "3 14" and [*SMALL] == ["llama"] and TABLE == {"x": f"{__name__}:Top"}
                 return [first(), helper(2), LIMIT, self.LIMIT, self.helper, floor(1), sum().again().value]
 
         def only():
             from hybridize.a import helper
+            from hybridize.b import helper
         """,
 }
 
@@ -238,7 +250,7 @@ def package(tmp_path, monkeypatch):
 
 
 def flat(*names):
-    kept = Kept("llama", [], [Definition("hybridize.c", name) for name in names])
+    kept = Kept("llama", [Definition("hybridize.c", names[0])], [Definition("hybridize.c", name) for name in names])
     return "\n\n".join(["\n".join(kept.imports()), *(kept.section(own) for own in kept.modules)])
 
 
@@ -253,7 +265,7 @@ def test_names_that_collide_are_told_apart(package):
     assert "# Above\n# helper.\ndef helper_b(x):\n    LIMITS = [LIMIT for LIMIT in range(x)]\n    return LIMIT_B" in text
     assert "LIMIT_A = 3  # of a" in text
     assert 'def again(self) -> "sum_c":' in text
-    assert "def only():\n    pass" in text
+    assert "def only():\n    pass\n    pass\n" in text
 
 
 def test_what_cannot_be_flattened_is_refused(package):
