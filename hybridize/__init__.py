@@ -4,12 +4,22 @@ Importing it registers the hybrid classes with transformers' Auto classes, lets 
 nothing else.
 """
 
+from pathlib import Path as _Path
+from typing import Any as _Any
+
 from hybridize.config import HybridConfigMixin as _HybridConfigMixin
 from hybridize.modeling import register as _register
-from hybridize.remote import write_code as _write_code
 from hybridize.version import __version__
 
 __all__ = ["__version__"]
+
+
+def _write_code(config: _Any, folder: _Path) -> None:
+    """As hybridize.remote.write_code, which is loaded when first used."""
+    from hybridize.remote import write_code
+
+    write_code(config, folder)
+
 
 _register()
 _HybridConfigMixin.write_code = _write_code

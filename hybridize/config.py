@@ -39,6 +39,14 @@ def copy_code(config: Any, folder: Path) -> None:
     shutil.copyfile(__file__, folder / CODE_FILE)
 
 
+def wrong_class(found: str, expected: str) -> ConfigError:
+    """The error of a model_type that is not that of the class that was asked."""
+    return ConfigError(
+        f"config.json: model_type is {found!r}, expected {expected!r}: these weights are a hybrid's, and another class reads "
+        "them wrong. Restore config.json or convert again"
+    )
+
+
 class HybridConfigMixin:
     """Over a family's config; the class is called Hybrid<Family>Config, and its models Hybrid<Family>Model and ...ForCausalLM."""
 
@@ -78,10 +86,7 @@ class HybridConfigMixin:
             ConfigError: of the class, the mixers or the sizes, which is named.
         """
         if self.model_type != (own := type(self).model_type):
-            raise ConfigError(
-                f"config.json: model_type is {self.model_type!r}, expected {own!r}: these weights are a hybrid's, and another "
-                "class reads them wrong. Restore config.json or convert again"
-            )
+            raise wrong_class(self.model_type, own)
         if self.made_for_sha256 is None:
             return
         if not isinstance(self.made_for_sha256, dict) or set(self.made_for_sha256) != set(BOUND):

@@ -25,7 +25,7 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2ForCausalLM, Qwen2Mode
 from transformers.models.qwen3.configuration_qwen3 import Qwen3Config
 from transformers.models.qwen3.modeling_qwen3 import Qwen3ForCausalLM, Qwen3Model
 
-from hybridize.config import HybridConfigMixin
+from hybridize.config import HybridConfigMixin, wrong_class
 from hybridize.errors import ConfigError
 from hybridize.mixers import MIXERS
 from hybridize.mixers.attention import Attention
@@ -60,6 +60,8 @@ class HybridModelMixin:
     """Over a family's decoder: swaps the mixers in and hands them what a 4-D mask cannot tell."""
 
     def __init__(self, config: Any):
+        if not isinstance(config, self.config_class):
+            raise wrong_class(config.model_type, self.config_class.model_type)
         config.check_made_for()
         super().__init__(config)
         self.mixer_options = mixer_options(config)

@@ -66,7 +66,7 @@ def _check_code(raw: dict[str, Any], where: str) -> None:
         )
     if raw["auto_map"] != own[said]:
         raise CheckpointError(
-            f"{where}: auto_map is {raw['auto_map']!r}, expected that of {said}: {own[said]!r}. "
+            f"{where}: auto_map is {raw['auto_map']!r}, expected that of {said}, {own[said]!r}. "
             "Restore config.json or convert again"
         )
 

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from hybridize.config import CODE_FILE
-from hybridize.remote.bundle import bundle, mixers_of
+from hybridize.remote.flatten import bundle, mixers_of
 from hybridize.storage import write_text
 
 __all__ = ["bundle", "mixers_of", "write_code"]

@@ -52,7 +52,7 @@ class Statement:
     @property
     def is_block(self) -> bool:
         """Whether blank lines go around it."""
-        return isinstance(self.node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef))
+        return isinstance(self.node, (ast.FunctionDef, ast.ClassDef))
 
 
 class Module:

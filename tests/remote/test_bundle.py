@@ -8,12 +8,13 @@ import sys
 from pathlib import Path
 
 import pytest
+from transformers.dynamic_module_utils import get_imports, get_relative_imports
 
 from hybridize.config import CODE_FILE
 from hybridize.families import FAMILIES
 from hybridize.mixers import MIXERS
-from hybridize.remote import bundle, mixers_of, sources
-from hybridize.remote.bundle import Kept
+from hybridize.remote import bundle, flatten, mixers_of, sources
+from hybridize.remote.flatten import Kept
 from hybridize.remote.scopes import References
 from hybridize.remote.sources import Definition
 from hybridize.version import __version__
@@ -62,6 +63,14 @@ def test_every_name_is_its_own():
     texts = [text_of("llama", EVERYTHING), text_of("qwen3", MIXED), *(text_of(family, [KEEP]) for family in FAMILIES)]
     assert [problems(text) for text in texts] == [[]] * len(texts)
     ast.parse(texts[0], feature_version=(3, 10))
+
+
+def test_transformers_finds_no_other_file_in_it(tmp_path):
+    """It looks for imports in the text, and would find one in a docstring."""
+    file = tmp_path / CODE_FILE
+    file.write_text(text_of("llama", EVERYTHING))
+    assert get_relative_imports(file) == []
+    assert {name for name in get_imports(file) if name not in sys.stdlib_module_names} == {"torch", "transformers"}
 
 
 @pytest.mark.slow
@@ -143,10 +152,9 @@ def test_its_errors_are_the_packages(alone):
         alone.MIXERS.build({"name": "mla"})
 
 
-def test_bytes_follow_from_mixers_and_family(monkeypatch):
+def test_bytes_follow_from_mixers_and_family():
     first = text_of("llama", MIXED)
-    bundled = sys.modules["hybridize.remote.bundle"]
-    for cache in (bundled._bundle, bundled._references, sources.module):
+    for cache in (flatten._bundle, flatten._references, sources.module):
         cache.cache_clear()
     assert text_of("llama", MIXED[::-1]) == first
     assert text_of("mistral", MIXED) != first
@@ -199,6 +207,15 @@ MODULES = {
             def again(self) -> "sum":
                 return self
 
+        SMALL = {
+            "llama": sum,
+            "qwen2": nobodys,
+        }
+        TABLE = {
+            "x": "hybridize.c:Top",
+            "y": "hybridize.nowhere:X",
+        }
+
         @dataclass
         class Top:
             LIMIT: int = 5
@@ -207,10 +224,13 @@ MODULES = {
             def run(self, floor=lambda LIMIT: LIMIT + 1):
                 from hybridize.a import LIMIT, helper as first
                 from hybridize.b import helper
+                told = f"{LIMIT}{helper(2):>3}"
+                assert told == "3 14" and [*SMALL] == ["llama"] and TABLE == {"x": f"{__name__}:Top"}
                 return [first(), helper(2), LIMIT, self.LIMIT, self.helper, floor(1), sum().again().value]
 
         def only():
             from hybridize.a import helper
+            from hybridize.b import helper
         """,
 }
 
@@ -230,7 +250,7 @@ def package(tmp_path, monkeypatch):
 
 
 def flat(*names):
-    kept = Kept("llama", [], [Definition("hybridize.c", name) for name in names])
+    kept = Kept("llama", [Definition("hybridize.c", names[0])], [Definition("hybridize.c", name) for name in names])
     return "\n\n".join(["\n".join(kept.imports()), *(kept.section(own) for own in kept.modules)])
 
 
@@ -245,7 +265,7 @@ def test_names_that_collide_are_told_apart(package):
     assert "# Above\n# helper.\ndef helper_b(x):\n    LIMITS = [LIMIT for LIMIT in range(x)]\n    return LIMIT_B" in text
     assert "LIMIT_A = 3  # of a" in text
     assert 'def again(self) -> "sum_c":' in text
-    assert "def only():\n    pass" in text
+    assert "def only():\n    pass\n    pass\n" in text
 
 
 def test_what_cannot_be_flattened_is_refused(package):

@@ -4,6 +4,7 @@ import copy
 import hashlib
 import json
 import shutil
+import sys
 
 import pytest
 import torch
@@ -108,6 +109,17 @@ def test_a_config_of_another_class_is_refused(model_type, auto_map, loader_says,
         alone.HybridLlamaConfig.from_pretrained(folder)
     with pytest.raises(ConfigError, match=class_says):
         AutoConfig.for_model("hybrid_llama").from_pretrained(folder)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_map_that_leaves_our_config_out(edited, alone):
+    """Transformers then has a LlamaConfig made, and asks our model with it."""
+    folder = edited(model_type="llama")
+    config = AutoConfig.from_pretrained(folder)
+    for module in (alone, sys.modules["hybridize.modeling"]):
+        for name in ("HybridLlamaForCausalLM", "HybridLlamaModel"):
+            with pytest.raises(ValueError, match=r"^config\.json: model_type is 'llama', expected 'hybrid_llama'"):
+                getattr(module, name).from_pretrained(folder, config=config)
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -17,12 +17,14 @@ from typing import Any
 from hybridize.families import FAMILIES
 from hybridize.mixers import MIXERS
 from hybridize.modeling import HYBRIDS
-from hybridize.remote.scopes import Reference, References
+from hybridize.remote.scopes import Reference, References, is_own_import
 from hybridize.remote.sources import ENTRY, Definition, External, Module, Statement, module
 from hybridize.version import __version__
 
 WIDTH = 130
 RULE = "# " + "-" * (WIDTH - 2)
+
+Entry = tuple[ast.expr, ast.expr]
 
 HEADER = '''\
 # SPDX-License-Identifier: Apache-2.0
@@ -73,9 +75,7 @@ def _bundle(family: str, mixers: tuple[str, ...]) -> str:
     entries = [Definition(*MIXERS.entries[name].split(":")) for name in mixers]
     kept = Kept(family, entries, classes)
     header = HEADER.format(prefix=FAMILIES[family].prefix, mixers=", ".join(mixers), version=__version__)
-    parts = ["\n".join([header, *kept.imports(), ""]), *(kept.section(one) for one in kept.modules)]
-    text = "\n\n".join(parts)
-    return text
+    return "\n\n".join(["\n".join([header, *kept.imports(), ""]), *(kept.section(one) for one in kept.modules)])
 
 
 @functools.cache
@@ -133,7 +133,7 @@ class Kept:
             yield from visit(name)
 
     def _needed(self, own: Module, statement: Statement) -> Iterator[Definition | External]:
-        references = _references(statement, frozenset(part for pair in self._dropped(statement) for part in pair))
+        references = _references(statement, frozenset(part for entry in self._entries(statement)[1] for part in entry))
         self._references[own.name, statement.first] = references
         for reference in references.found:
             if (target := self._target(own, reference)) is not None:
@@ -147,22 +147,23 @@ class Kept:
         assert known, f"{own.path}: line {reference.line}: {reference.name} is nobody's"
         return target
 
-    def _tables(self, statement: Statement) -> Iterator[tuple[ast.Dict, list[tuple[ast.expr, ast.expr]]]]:
-        """Tables of components and of families in an assignment, each with the entries that stay."""
+    def _entries(self, statement: Statement) -> tuple[list[Entry], list[Entry]]:
+        """What stays and what goes of the tables of components and of families that an assignment holds."""
+        stay: list[Entry] = []
+        gone: list[Entry] = []
         for node in ast.walk(statement.node) if isinstance(statement.node, ast.Assign) else ():
-            if not isinstance(node, ast.Dict) or not node.keys:
+            if not isinstance(node, ast.Dict) or not node.keys or None in node.keys:
                 continue
-            pairs = [(key, value) for key, value in zip(node.keys, node.values, strict=True) if key is not None]
-            if all(_text(key) in FAMILIES for key, _ in pairs):
-                yield node, [(key, value) for key, value in pairs if _text(key) == self.family]
-            elif all(ENTRY.fullmatch(_text(value)) for _, value in pairs):
-                yield node, [(key, value) for key, value in pairs if Definition(*_text(value).split(":")) in self.entries]
-
-    def _dropped(self, statement: Statement) -> list[tuple[ast.expr, ast.expr]]:
-        found = []
-        for node, stay in self._tables(statement):
-            found += [(k, v) for k, v in zip(node.keys, node.values, strict=True) if k is not None and (k, v) not in stay]
-        return found
+            entries = [(key, value) for key, value in zip(node.keys, node.values, strict=True) if key is not None]
+            if all(_text(key) in FAMILIES for key, _ in entries):
+                known = [_text(key) == self.family for key, _ in entries]
+            elif all(ENTRY.fullmatch(_text(value)) for _, value in entries):
+                known = [Definition(*_text(value).split(":")) in self.entries for _, value in entries]
+            else:
+                continue
+            for entry, stays in zip(entries, known, strict=True):
+                (stay if stays else gone).append(entry)
+        return stay, gone
 
     def _named(self) -> dict[Definition | External, str]:
         """A name for each thing, its own where no other has it. Names of imports stay, and so do those of Python."""
@@ -214,48 +215,60 @@ class Kept:
         for statement in own.statements:
             if statement.first not in self.statements[own.name]:
                 continue
-            apart = before is None or before.is_block or statement.is_block
-            text += (
-                ("\n\n" if apart else "\n" if statement.first < statement.code_first else "")
-                + self._rewritten(own, statement)
-                + "\n"
-            )
+            if before is None or before.is_block or statement.is_block:
+                text += "\n\n"
+            elif statement.first < statement.code_first:
+                text += "\n"
+            text += self._rewritten(own, statement) + "\n"
             before = statement
         return text
 
     def _rewritten(self, own: Module, statement: Statement) -> str:
         """A statement's lines with its names as they are called here."""
         lines = {number: own.lines[number - 1].encode() for number in range(statement.first, statement.last + 1)}
-        edits: list[tuple[int, int, int, str]] = []
+        stay, gone = self._entries(statement)
         references = self._references[own.name, statement.first]
+        edits = list(self._edits(own, statement, references, stay))
+        for line, start, old, new in sorted(edits, reverse=True):
+            found = lines[line][start : start + len(old)]
+            assert found == old, f"{own.path}: line {line} has {found!r} where {old!r} was read"
+            lines[line] = lines[line][:start] + new.encode() + lines[line][start + len(old) :]
+        kept = {line for entry in stay for node in entry for line in _lines(node)}
+        for key, value in gone:
+            for line in {*_lines(key), *_lines(value)}:
+                assert line not in kept, f"{own.path}: line {line} has two entries of a table, expected one"
+                del lines[line]
+        for node, siblings in references.removed:
+            for line in _lines(node):
+                del lines[line]
+            if all(map(is_own_import, siblings)):
+                lines[node.lineno] = b" " * node.col_offset + b"pass"
+        return b"\n".join(lines[number] for number in sorted(lines)).decode()
+
+    def _edits(
+        self, own: Module, statement: Statement, references: References, stay: list[Entry]
+    ) -> Iterator[tuple[int, int, bytes, str]]:
+        """(line, column, what is there, what comes in its place)."""
         for reference in references.found:
             target = self._target(own, reference)
             new = reference.name if target is None else self.names[target]
             if new != reference.name:
                 assert new not in reference.shadows, f"{own.path}: line {reference.line}: {new} is taken"
-                edits.append((reference.line, reference.column, reference.column + len(reference.name.encode()), new))
+                yield reference.line, reference.column, reference.name.encode(), new
         if statement.is_block:
             (name,) = statement.names
-            line = int(getattr(statement.node, "lineno", 0))
-            start = lines[line].index(name.encode(), statement.node.col_offset)
-            edits.append((line, start, start + len(name.encode()), self.names[Definition(own.name, name)]))
-        for _, stay in self._tables(statement):
-            for _, value in stay:
-                if ENTRY.fullmatch(_text(value)):
-                    found = self.names[Definition(*_text(value).split(":"))]
-                    edits.append((value.lineno, value.col_offset, int(value.end_col_offset or 0), f'f"{{__name__}}:{found}"'))
-        for line, start, stop, new in sorted(edits, reverse=True):
-            lines[line] = lines[line][:start] + new.encode() + lines[line][stop:]
-        for key, value in self._dropped(statement):
-            for line in range(key.lineno, int(value.end_lineno or 0) + 1):
-                del lines[line]
-        for node, siblings in references.removed:
-            indent = " " * node.col_offset
-            for line in range(node.lineno, int(node.end_lineno or 0) + 1):
-                del lines[line]
-            if len(siblings) == 1:
-                lines[node.lineno] = f"{indent}pass".encode()
-        return b"\n".join(lines[number] for number in sorted(lines)).decode()
+            line, start = statement.node.lineno, statement.node.col_offset
+            start += len("class " if isinstance(statement.node, ast.ClassDef) else "def ")
+            yield line, start, name.encode(), self.names[Definition(own.name, name)]
+        for _, value in stay:
+            if ENTRY.fullmatch(text := _text(value)):
+                new = f'f"{{__name__}}:{self.names[Definition(*text.split(":"))]}"'
+                yield value.lineno, value.col_offset, f'"{text}"'.encode(), new
+
+
+def _lines(node: ast.expr | ast.stmt) -> range:
+    """Numbers of the lines that something takes."""
+    return range(node.lineno, int(node.end_lineno or node.lineno) + 1)
 
 
 def _text(node: ast.AST) -> str:
@@ -266,10 +279,6 @@ def _text(node: ast.AST) -> str:
 def _renamed(name: str, owner: str) -> str:
     """A name with its module's behind it, in the name's own case."""
     place = re.sub(r"^(kernels|mixers)_", "", "_".join(owner.split(".")[1:]).removesuffix("_torch_impl"))
-    return (
-        f"{name}_{place.upper()}"
-        if name.isupper()
-        else f"{name}{place.title().replace('_', '')}"
-        if name[0].isupper()
-        else f"{name}_{place}"
-    )
+    if name.isupper():
+        return f"{name}_{place.upper()}"
+    return f"{name}{place.title().replace('_', '')}" if name[0].isupper() else f"{name}_{place}"
