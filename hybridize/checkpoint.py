@@ -384,11 +384,13 @@ def finish_directory(
     source: Path,
     lineage: dict[str, Any],
 ) -> None:
-    """What follows the weights: index, config, companions, manifest, lineage; then all is read back and checked."""
+    """What follows the weights: index, config, a hybrid's code, companions, manifest, lineage; then all is read back."""
     folder = staging.folder
     if len(shards) > 1:
         write_json(folder / INDEX, index_of(shards))
     write_text(folder / "config.json", config.to_json_string())
+    if config.model_type.startswith("hybrid_"):
+        config.write_code(folder)
     copy_companions(source, folder)
     write_manifest(folder, records)
     write_lineage(folder, lineage)

@@ -15,7 +15,9 @@ TARGETS = Registry(
         "qwen2": "hybridize.native.windowed:OwnQwen2",
         "qwen3": "hybridize.native.windowed:OwnQwen3",
         "ministral": "hybridize.native.windowed:Ministral",
+        "granite_swa": "hybridize.native.granite_swa:GraniteSWA",
         "granitemoehybrid": "hybridize.native.granite:GraniteMoeHybrid",
+        "bamba": "hybridize.native.bamba:Bamba",
         "qwen3_5_text": "hybridize.native.qwen3_5:Qwen35",
         "deepseek_v3": "hybridize.native.deepseek:DeepseekV3",
     },
@@ -89,7 +91,9 @@ def _engine(engine: str, fits: list[str], config: Any, mixers: Specs) -> dict[st
     for name, runs, how in said:
         if runs:
             return {"target": name, "reason": how}
-    return {"target": "none", "reason": said[0][2]}
+    # A class that the engine has says more than one that it lacks.
+    has = [how for name, _, how in said if engine in target(name).served]
+    return {"target": "none", "reason": [*has, said[0][2]][0]}
 
 
 def choose(name: str, config: Any, mixers: Specs) -> str:

@@ -111,7 +111,7 @@ class GraniteMoeHybrid(Target):
     about = "attention and Mamba2 under its names"
     mixers = frozenset({"mamba2"})
     served = {"transformers": architecture, "vLLM": architecture, "SGLang": architecture}
-    unserved = {"llama.cpp": "its converter gives this class no rotary embedding; --to bamba has it"}
+    unserved = {"llama.cpp": "its converter gives this class no rotary embedding"}
 
     def obstacle(self, config: Any, mixers: Specs) -> str | None:
         return no_mamba2(config, mixers)

@@ -44,8 +44,8 @@ def said(model, ids, told):
     return {"logits": model(ids, use_cache=False).logits, **written}
 
 
-def difference(path, out):
+def difference(path, out, to="auto"):
     """Root mean square of the difference of logits over their own, of an export that was kept in spite of it."""
-    proofs = export(path, "auto", out, allow_approximate=True).proof
+    proofs = export(path, to, out, allow_approximate=True).proof
     assert not proofs[0].exact
     return max(proof.difference_rms / proof.logit_rms for proof in proofs)

@@ -127,9 +127,9 @@ def test_every_mixer_has_a_class_or_a_reason():
 @pytest.mark.parametrize("name", TARGETS.names())
 def test_every_target_speaks_of_every_engine(name, tmp_path):
     kind, config = target(name), open_base(tiny_base(name if name in FAMILIES else "llama", tmp_path)).config
-    specs = [{"name": mixer} for mixer in ["attention", *kind.mixers]]
+    specs = [MIXERS.spec(mixer, MIXERS.load(mixer)()) for mixer in ["attention", *sorted(kind.mixers)]]
     for engine in ENGINES:
-        runs, how = kind.engine(engine, config, [{"name": "attention"}, *specs[1:]] if name not in FAMILIES else specs[:1])
+        runs, how = kind.engine(engine, config, specs)
         assert type(runs) is bool
         assert how
     assert kind.about
