@@ -6,29 +6,29 @@ from transformers import AutoConfig
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RotaryEmbedding
 from transformers.models.qwen3_5.modeling_qwen3_5 import Qwen3_5TextRotaryEmbedding
 
-from hybridize.checkpoint import open_base
-from hybridize.conversions import plan
 from hybridize.errors import ConfigError
+from hybridize.mixers import MIXERS
 from hybridize.native import native_verdict, qwen3_5
 from hybridize.native.export import export
 from tests.native.exported import assert_same, difference
 from tests.native.hybrids import random_hybrid
-from tests.tiny import tiny_base
+from tests.tiny import SIZES
 
 GDN = {"name": "gdn", "proj_bias": False, "qk_norm": False}
-LAYERS = {"layers": {1: {"name": "attention"}, 2: {**GDN, "heads": "grouped"}, "default": GDN}}
+KEPT = {"name": "attention"}
+LAYERS = {"layers": {1: KEPT, 2: {**GDN, "heads": "grouped"}, "default": GDN}}
 CLASS = "Qwen3_5ForCausalLM"
 
 
 def made(tmp_path, *args, **overrides):
-    return random_hybrid("qwen3", tmp_path, LAYERS, *args, **{"max_position_embeddings": 96, **overrides})
+    return random_hybrid("qwen3", tmp_path, LAYERS, *args, **{"max_position_embeddings": 64, **overrides})
 
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_the_export_is_the_hybrid(tied, tmp_path):
     hybrid = made(tmp_path, tie_word_embeddings=tied)
     if tied:
-        assert_same(hybrid, "auto", tmp_path / "out", CLASS)
+        assert_same(hybrid, "auto", tmp_path / "out", CLASS, new_tokens=12)
     else:
         assert export(hybrid, "auto", tmp_path / "out").proof[0].exact
 
@@ -89,11 +89,17 @@ WRONG = {
 }
 
 
+@pytest.fixture(scope="module")
+def crooked(tmp_path_factory):
+    """A hybrid whose norms need every part."""
+    ranges = {"norms": (0.1, 0.4), "qk_norms": ((-1.5, 1.5), (0.5, 1.5))}
+    return made(tmp_path_factory.mktemp("crooked"), **ranges, tie_word_embeddings=False)
+
+
 @pytest.mark.parametrize("wrong", WRONG)
-def test_every_part_is_needed(wrong, tmp_path, monkeypatch):
-    hybrid = made(tmp_path, norms=(0.1, 0.4), qk_norms=((-1.5, 1.5), (0.5, 1.5)), tie_word_embeddings=False)
+def test_every_part_is_needed(wrong, crooked, tmp_path, monkeypatch):
     monkeypatch.setattr(*WRONG[wrong])
-    assert difference(hybrid, tmp_path / "out") > 1e-3
+    assert difference(crooked, tmp_path / "out") > 1e-3
 
 
 ROPES = [
@@ -107,52 +113,58 @@ ROPES = [
 ]  # fmt: skip
 
 
+def config_of(family="qwen3", **base):
+    return AutoConfig.for_model(family, **{**SIZES, "dtype": "float32", **base})
+
+
+def whole(*specs):
+    """Mixers with every option."""
+    return [{"name": spec["name"], **vars(MIXERS.build(spec))} for spec in specs]
+
+
 @pytest.mark.parametrize("rope", ROPES, ids=lambda rope: rope["rope_type"])
-def test_every_rotary_embedding_is_the_bases(rope, tmp_path):
-    base = open_base(tiny_base("qwen3", tmp_path, rope_parameters={"rope_theta": 10000.0, **rope})).config
-    mixers = [layer.mixer for layer in plan(open_base(tmp_path / "qwen3-base"), LAYERS, "t", 0).layers]
-    native = AutoConfig.for_model(**qwen3_5.Qwen35().config(base, mixers))
+def test_every_rotary_embedding_is_the_bases(rope):
+    base = config_of(rope_parameters={"rope_theta": 10000.0, **rope})
+    native = AutoConfig.for_model(**qwen3_5.Qwen35().config(base, whole(KEPT, GDN, GDN)))
     x, ids = torch.zeros(1, 1, 8), torch.arange(300)[None]
     want, found = Qwen3RotaryEmbedding(base)(x, ids), Qwen3_5TextRotaryEmbedding(native)(x, ids)
     assert all(torch.equal(a, b) for a, b in zip(want, found, strict=True))
 
 
-def verdict(tmp_path, section, family="qwen3", **base):
-    found = plan(open_base(tiny_base(family, tmp_path, **base)), section, "t", 0)
-    return native_verdict(open_base(tmp_path / f"{family}-base").config, [layer.mixer for layer in found.layers])
-
-
 @pytest.mark.parametrize(
-    ("section", "base", "words"),
+    ("mixers", "base", "words"),
     [
-        ({"keep": {"layers": [1]}, "mixer": {"name": "gdn"}}, {}, "no place for proj_bias: true"),
-        ({"keep": {"layers": [1]}, "mixer": {**GDN, "qk_norm": True}}, {}, "no place for qk_norm: true"),
-        ({"keep": {"layers": [1]}, "mixer": {**GDN, "rope": True}}, {}, "no place for rope: true"),
-        ({"keep": {"layers": [1]}, "mixer": {**GDN, "beta_max": 2}}, {}, "no place for beta_max: 2"),
-        ({"keep": {"layers": [1]}, "mixer": {**GDN, "norm_eps": 1e-3}}, {}, "norm_eps is 0.001"),
-        ({"layers": {0: {"name": "attention"}, 1: GDN, 2: {**GDN, "conv_tokens": 2}}}, {}, "one conv_tokens"),
-        ({"keep": {"layers": []}, "mixer": GDN}, {}, "at least one attention layer"),
-        (LAYERS, {"family": "llama"}, "q/k-norms in its attention layers, which the base has not"),
-        (LAYERS, {"attention_bias": True}, "biases in its attention"),
-        (LAYERS, {"hidden_act": "gelu"}, "hidden_act is gelu"),
+        ((KEPT, {"name": "gdn"}), {}, "no place for proj_bias: true"),
+        ((KEPT, {**GDN, "qk_norm": True}), {}, "no place for qk_norm: true"),
+        ((KEPT, {**GDN, "rope": True}), {}, "no place for rope: true"),
+        ((KEPT, {**GDN, "beta_max": 2}), {}, "no place for beta_max: 2"),
+        ((KEPT, {**GDN, "norm_eps": 1e-3}), {}, "norm_eps is 0.001"),
+        ((KEPT, GDN, {**GDN, "conv_tokens": 2}), {}, "one conv_tokens"),
+        ((GDN, GDN), {}, "at least one attention layer"),
+        ((KEPT, GDN), {"family": "llama"}, "q/k-norms in its attention layers, which the base has not"),
+        ((KEPT, GDN), {"attention_bias": True}, "biases in its attention"),
+        ((KEPT, GDN), {"hidden_act": "gelu"}, "hidden_act is gelu"),
+        ((KEPT, GDN, {"name": "mamba2"}), {}, "mixes attention, gdn, mamba2"),
     ],
 )
-def test_no_native_class(section, base, words, tmp_path):
-    found = verdict(tmp_path, section, **base)
+def test_no_native_class(mixers, base, words):
+    found = native_verdict(config_of(**base), whole(*mixers))
     assert found["target"] == "none"
     assert words in found["reason"]
 
 
-def test_engines(tmp_path):
-    """Two of them go by an interval, counted from the end of the first stretch."""
-    for kept, every in (([1], 2), ([2], 3), ([1, 2], None), ([0, 2], None)):
-        found = verdict(tmp_path, {"keep": {"layers": kept}, "mixer": GDN})
-        assert {e: said["target"] for e, said in found["engines"].items()} == {
-            "transformers": "qwen3_5_text", "vLLM": "qwen3_5_text",
-            "SGLang": "qwen3_5_text" if every else "none", "llama.cpp": "qwen3_5_text" if every else "none",
-        }  # fmt: skip
-        mixers = [{"name": "attention"} if index in kept else {**GDN, "conv_tokens": 4} for index in range(3)]
-        assert qwen3_5.interval(mixers) == every
+@pytest.mark.parametrize(
+    ("mixers", "every"),
+    [((GDN, KEPT, GDN), 2), ((GDN, GDN, KEPT), 3), ((GDN, KEPT, KEPT), None), ((KEPT, GDN, KEPT), None)],
+)
+def test_engines_that_go_by_an_interval(mixers, every):
+    """Counted from the end of the first stretch; a plan that keeps layers in another order is for the other engines."""
+    assert qwen3_5.interval(whole(*mixers)) == every
+    found = native_verdict(config_of(), whole(*mixers))
+    runs = {engine: said["target"] == "qwen3_5_text" for engine, said in found["engines"].items()}
+    assert runs == {"transformers": True, "vLLM": True, "SGLang": every is not None, "llama.cpp": every is not None}
+    fields = qwen3_5.Qwen35().config(config_of(), whole(*mixers))
+    assert fields.get("full_attention_interval") == every
 
 
 @pytest.mark.slow
