@@ -1,13 +1,14 @@
-"""How the site is made: Markdown through MyST, docstrings through autodoc, formulas as MathML; nothing comes from the network.
+"""How the site is made: Markdown through MyST, docstrings through autodoc, formulas drawn while it is built; nothing comes from the network.
 
 scripts/build_docs.py copies this folder, fills the generated parts in and calls Sphinx on the copy.
 """
 
+import html
 import re
 import sys
 from pathlib import Path
 
-import latex2mathml.converter
+import ziamath
 from docutils import nodes
 from sphinx.application import Sphinx
 from sphinx.ext.napoleon import Config, GoogleDocstring
@@ -25,6 +26,9 @@ extensions = ["myst_parser", "sphinx.ext.autodoc"]
 exclude_patterns = ["messages.yaml", "conf.py"]
 myst_enable_extensions = ["dollarmath", "attrs_inline"]
 myst_heading_anchors = 3
+# Two hyphens begin an option here.
+smartquotes = False
+highlight_language = "text"
 
 autodoc_typehints = "none"
 autodoc_member_order = "bysource"
@@ -33,33 +37,37 @@ SECTIONS = Config(napoleon_use_rtype=False)
 NOTE = re.compile(r"(Numerics|Cost|Source|Letters)\b.*[:.]")
 SIGNS = re.compile(r"[*|\\]|_(?=\W|$)")
 
+# One glyph, one path: nothing in a page is referred to by an id that another picture has too.
+ziamath.config.svg2 = False
+
 html_theme = "furo"
 html_title = f"hybridize {release}"
 html_static_path = ["_static"]
 html_css_files = ["site.css"]
 html_show_sourcelink = False
 html_copy_source = False
-html_math_renderer = "mathml"
+html_math_renderer = "drawn"
 html_theme_options = {"navigation_with_keys": False}
 pygments_style, pygments_dark_style = "a11y-high-contrast-light", "a11y-high-contrast-dark"
 
 
-def _formula(translator: HTML5Translator, node: nodes.Element, display: str) -> None:
-    translator.body.append(latex2mathml.converter.convert(node.astext(), display=display))
-    raise nodes.SkipNode
+def _drawn(text: str, display: bool) -> str:
+    """A formula as a picture in the colour of the text around it: the same in every browser, whatever fonts it has."""
+    drawn = ziamath.Latex(text, size=17 if display else 15, color="currentColor", inline=not display)
+    below = "" if display else f' style="vertical-align: {drawn.getyofst():.2f}px"'
+    return f'<span class="drawn" role="img" aria-label="{html.escape(" ".join(text.split()))}"{below}>{drawn.svg()}</span>'
 
 
 def inline_formula(translator: HTML5Translator, node: nodes.Element) -> None:
-    """A formula within a line, which browsers draw themselves."""
-    _formula(translator, node, "inline")
+    """A formula within a line."""
+    translator.body.append(_drawn(node.astext(), display=False))
+    raise nodes.SkipNode
 
 
 def block_formula(translator: HTML5Translator, node: nodes.Element) -> None:
     """A formula on lines of its own, in a box that scrolls where the page is narrower."""
-    translator.body.append('<div class="formula" tabindex="0" role="group" aria-label="formula">')
-    for part in node.astext().split("\n\n"):
-        translator.body.append(latex2mathml.converter.convert(part, display="block"))
-    translator.body.append("</div>")
+    box = '<div class="formula" tabindex="0" role="group" aria-label="formula">'
+    translator.body.append(f"{box}{_drawn(node.astext().strip(), display=True)}</div>")
     raise nodes.SkipNode
 
 
@@ -84,5 +92,5 @@ def plain_docstring(app: Sphinx, what: str, name: str, obj: object, options: obj
 
 def setup(app: Sphinx) -> None:
     """Called by Sphinx."""
-    app.add_html_math_renderer("mathml", (inline_formula, None), (block_formula, None))
+    app.add_html_math_renderer("drawn", (inline_formula, None), (block_formula, None))
     app.connect("autodoc-process-docstring", plain_docstring)

@@ -19,9 +19,8 @@ import yaml
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-from scripts import docs_messages, docs_parts  # noqa: E402
-
 from hybridize.recipe import builtin_recipes  # noqa: E402
+from scripts import docs_messages, docs_parts  # noqa: E402
 
 DOCS, TEXT, SITE = ROOT / "docs", ROOT / "build" / "docs", ROOT / "site"
 MAKE = re.compile(r"^<!-- make: (\w+)(?: (.*?))? -->$", re.M)

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 import yaml
-from scripts.docs_text import code, options, plain, prose, table
 
 from hybridize.checkpoint import Described, describe_base
 from hybridize.conversions import CONVERSIONS, SCORES
@@ -22,6 +21,7 @@ from hybridize.eval.table import human_bytes
 from hybridize.hub import shape_of
 from hybridize.mixers import MIXERS
 from hybridize.recipe import builtin_recipes, builtin_suites, load_recipe, load_suite
+from scripts.docs_text import code, options, plain, prose, table
 
 TABLES = {
     "mixer": MIXERS, "conversion": CONVERSIONS, "metric": SCORES, "stage": STAGES, "loss": LOSSES, "probe": PROBES, "gate": GATES,
@@ -220,6 +220,8 @@ def _head_comment(text: str) -> str:
 
 
 def _cell(value: Any) -> str:
+    if type(value) is int:
+        return code(f"{value:,}")
     return code(yaml.safe_dump(value, default_flow_style=True, width=10_000, sort_keys=False).removesuffix("\n...\n").strip())
 
 
