@@ -1,4 +1,4 @@
-"""How the site is made: Markdown through MyST, docstrings through autodoc, formulas drawn while it is built; nothing comes from the network.
+"""How the site is made: Markdown by MyST, docstrings by autodoc, formulas drawn at build time; nothing comes from the network.
 
 scripts/build_docs.py copies this folder, fills the generated parts in and calls Sphinx on the copy.
 """

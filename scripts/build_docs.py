@@ -11,7 +11,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import yaml
@@ -23,6 +23,8 @@ from hybridize.recipe import builtin_recipes  # noqa: E402
 from scripts import docs_messages, docs_parts  # noqa: E402
 
 DOCS, TEXT, SITE = ROOT / "docs", ROOT / "build" / "docs", ROOT / "site"
+# Scripts, styles, pictures and fonts of another host.
+FETCHED = re.compile(r"(?:src=[\"']|<link[^>]+href=[\"']|url\([\"']?|@import [\"'])((?:https?:)?//[^\"')\s]+)")
 MAKE = re.compile(r"^<!-- make: (\w+)(?: (.*?))? -->$", re.M)
 
 
@@ -62,6 +64,26 @@ def filled(text: str) -> str:
     return MAKE.sub(lambda match: PARTS[match[1]](match[2] or "").rstrip() + "\n", text)
 
 
+def without_page(kind: str, names: Iterable[str]) -> list[str]:
+    """Those of a table's names that no page asks for."""
+    if kind == "mixer":
+        return [name for name in names if not (DOCS / "mixers" / f"{name}.md").is_file()]
+    part = {"conversion": "options", "suite": "suite"}.get(kind, "component")
+    pages = [page.read_text(encoding="utf-8") for page in DOCS.rglob("*.md")]
+    said = {argument for page in pages for what, argument in asked(page) if what == part}
+    return [name for name in names if (name if kind == "suite" else f"{kind} {name}") not in said]
+
+
+def from_outside(site: Path) -> list[str]:
+    """What pages or styles would fetch from elsewhere: each file and address. Links that a reader follows are none."""
+    found = []
+    for path in sorted(site.rglob("*")):
+        if path.suffix in (".html", ".css"):
+            text = path.read_text(encoding="utf-8")
+            found += [f"{path.name}: {match}" for match in FETCHED.findall(text)]
+    return found
+
+
 def write_text(out: Path = TEXT) -> None:
     """All pages as Markdown, into a new folder."""
     if out.exists():
@@ -95,7 +117,12 @@ def main() -> int:
         "-d",
         str(ROOT / "build" / "doctrees"),
     ]
-    return subprocess.call([*command, str(TEXT), str(SITE)], cwd=ROOT)
+    if code := subprocess.call([*command, str(TEXT), str(SITE)], cwd=ROOT):
+        return code
+    if found := from_outside(SITE):
+        sys.stderr.write("\n".join(["the site would fetch from elsewhere:", *found]) + "\n")
+        return 1
+    return 0
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import dataclasses
 import io
+import sys
 from contextlib import redirect_stdout
 from functools import cache
 from typing import Any
@@ -43,10 +44,12 @@ def base_of(shape: str) -> Described:
 def component(kind: str, name: str) -> str:
     """A section of a component: what its class says, and its options."""
     cls = TABLES[kind].load(name)
+    # What the methods of a seed are stands at the head of its file.
+    about = sys.modules[cls.__module__].__doc__ if kind == "conversion" else cls.__doc__
     shared = SHARED if kind == "stage" else frozenset()
     rule = getattr(cls, "rule", None)
     words = f"As a rule: `{name} {' '.join(part.upper() for part in rule)}`.\n\n" if kind == "gate" and rule else ""
-    return f"{prose(cls.__doc__ or '')}\n{words}{options(cls, shared)}"
+    return f"{prose(about or '')}\n{words}{options(cls, shared)}"
 
 
 def stage_options() -> str:

@@ -57,7 +57,9 @@ def field_texts(cls: type) -> dict[str, str]:
 def kind_of(kind: Any) -> str:
     """A field's type as people write it."""
     text = kind if isinstance(kind, str) else getattr(kind, "__name__", str(kind)) if isinstance(kind, type) else str(kind)
-    return text.replace("typing.", "").replace("NoneType", "None")
+    text = text.replace("typing.", "").replace("NoneType", "None")
+    # One of several words, as the words.
+    return re.sub(r"Literal\[([^\[\]]*)\]", lambda found: found[1].replace(", ", " | "), text)
 
 
 def default_of(field: dataclasses.Field) -> str:
