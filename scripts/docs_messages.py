@@ -40,29 +40,32 @@ def _text(node: ast.expr) -> str | None:
 
 
 @cache
-def strings() -> tuple[str, ...]:
-    """Every string of the package's source, f-strings with holes."""
-    found = []
-    for path in sorted(PACKAGE.rglob("*.py")):
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.expr) and (text := _text(node)):
-                found.append(text)
-    return tuple(found)
+def _nodes() -> dict[str, list[ast.AST]]:
+    """File -> the nodes of its syntax tree."""
+    files = sorted(PACKAGE.rglob("*.py"))
+    return {str(path.relative_to(ROOT)): list(ast.walk(ast.parse(path.read_text(encoding="utf-8")))) for path in files}
+
+
+@cache
+def strings() -> frozenset[str]:
+    """Every string of the package's source in one line, f-strings with holes."""
+    texts = (_text(node) for nodes in _nodes().values() for node in nodes if isinstance(node, ast.expr))
+    return frozenset(" ".join(text.split()) for text in texts if text)
 
 
 @cache
 def messages() -> dict[str, str]:
     """Message of an error that is raised in the source -> the file that raises it."""
     found: dict[str, str] = {}
-    for path in sorted(PACKAGE.rglob("*.py")):
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    for path, nodes in _nodes().items():
+        for node in nodes:
             if not isinstance(node, ast.Raise) or not isinstance(node.exc, ast.Call) or not node.exc.args:
                 continue
             name = node.exc.func.id if isinstance(node.exc.func, ast.Name) else ""
             text = _text(node.exc.args[0])
             # What only puts a place before another error's words says nothing of its own.
             if name in ERRORS and text and any(letter.isalpha() for letter in text.replace(HOLE, "")):
-                found.setdefault(" ".join(text.split()), str(path.relative_to(ROOT)))
+                found.setdefault(" ".join(text.split()), path)
     return found
 
 
@@ -85,7 +88,7 @@ def entries() -> dict[str, list[dict[str, str]]]:
 def gone() -> list[str]:
     """Fragments of the page that no string of the source holds any more."""
     said = [entry["message"] for group in entries().values() for entry in group]
-    return [fragment for fragment in said if not any(fits(fragment, " ".join(text.split())) for text in strings())]
+    return [fragment for fragment in said if not any(fits(fragment, text) for text in strings())]
 
 
 def without_entry() -> dict[str, str]:

@@ -130,14 +130,34 @@ def section_plan(shape: str, section: dict[str, Any]) -> Plan | None:
         return None
 
 
-def _verdict_rows(what: str, family: str, verdict: dict[str, Any]) -> list[str]:
-    engines = verdict.get("engines", {})
-    found = [what, family, "none" if verdict["target"] == "none" else code(verdict["target"]), plain(verdict["reason"])]
-    return [*found, *(_engine(said) for said in engines.values())]
+class Verdicts:
+    """Rows of plans with what the native table says of them, and notes on how each engine runs them, or why it does not."""
+
+    def __init__(self, first: str):
+        self.rows: list[list[str]] = []
+        self.notes: dict[str, list[str]] = {}
+        self.first = first
+
+    def add(self, what: str, family: str, verdict: dict[str, Any]) -> None:
+        engines: dict[str, dict[str, str]] = verdict.get("engines", {})
+        if not self.rows:
+            self.rows.append([self.first, "base", "native class", "why", *engines])
+        row = [what, family, _class_of(verdict), plain(verdict["reason"])]
+        self.rows.append([*row, *(_class_of(said) for said in engines.values())])
+        for engine, said in engines.items():
+            note = f"{_class_of(said)}: {plain(said['reason'])}"
+            if said["reason"] not in verdict["reason"] and note not in self.notes.setdefault(engine, []):
+                self.notes[engine].append(note)
+
+    def shown(self) -> str:
+        notes = "".join(
+            f"\n{engine}:\n\n" + "".join(f"- {note}\n" for note in found) for engine, found in self.notes.items() if found
+        )
+        return table(_merged(self.rows)) + notes
 
 
-def _engine(said: dict[str, str]) -> str:
-    return plain(said["reason"]) if said["target"] == "none" else f"{code(said['target'])}: {plain(said['reason'])}"
+def _class_of(said: dict[str, Any]) -> str:
+    return "none" if said["target"] == "none" else code(said["target"])
 
 
 def sections_of(name: str) -> dict[str, dict[str, Any]]:
@@ -154,15 +174,13 @@ def sections_of(name: str) -> dict[str, dict[str, Any]]:
 
 def verdicts(sections: dict[str, dict[str, Any]]) -> str:
     """What the native table says of plans, for one base of each family."""
-    rows: list[list[str]] = []
+    found = Verdicts("plan")
     for what, section in sections.items():
         for family, shape in FAMILIES.items():
             made = section_plan(shape, section)
             if made is not None:
-                if not rows:
-                    rows.append(["plan", "base", "native class", "why", *made.native.get("engines", {})])
-                rows.append(_verdict_rows(what, family, dict(made.native)))
-    return table(_merged(rows))
+                found.add(what, family, dict(made.native))
+    return found.shown()
 
 
 def _merged(rows: list[list[str]]) -> list[list[str]]:
@@ -174,7 +192,7 @@ def _merged(rows: list[list[str]]) -> list[list[str]]:
             out.append(list(row))
         else:
             equal[1] += f", {row[1]}"
-    return out
+    return [[row[0], "any" if row[1] == ", ".join(FAMILIES) else row[1], *row[2:]] for row in out]
 
 
 def native(mixer: str) -> str:
@@ -186,20 +204,16 @@ def all_natives() -> str:
 
 
 def recipe_natives() -> str:
-    """The verdict of each recipe's plan, for two families that differ most."""
-    rows: list[list[str]] = []
+    """The verdict of each recipe's plan, for two families that differ most; a base that the recipe refuses has no row."""
+    found = Verdicts("recipe")
     for name in builtin_recipes():
-        for family, shape in (("Llama", FAMILIES["Llama"]), ("Qwen3", FAMILIES["Qwen3"])):
+        for family in ("Llama", "Qwen3"):
             try:
-                made = plan_of(name, shape)
-            except ConfigError as error:
-                rows.append([f"[{name}](recipes/{name}.md)", family, "none", plain(str(error))])
+                made = plan_of(name, FAMILIES[family])
+            except ConfigError:
                 continue
-            if not rows:
-                rows.append(["recipe", "base", "native class", "why", *made.native.get("engines", {})])
-            rows.append(_verdict_rows(f"[{name}](recipes/{name}.md)", family, dict(made.native)))
-    width = max(len(row) for row in rows)
-    return table(_merged([[*row, *[""] * (width - len(row))] for row in rows]))
+            found.add(f"[{name}](recipes/{name}.md)", family, dict(made.native))
+    return found.shown()
 
 
 def _head_comment(text: str) -> str:

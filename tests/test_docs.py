@@ -93,10 +93,15 @@ def test_verdicts_are_the_plans():
     table = docs_parts.native("mamba2").splitlines()
     assert any(line.startswith("| every second layer | Llama, Mistral, Qwen2 | `granitemoehybrid` |") for line in table)
     assert any("Qwen3 | none |" in line and "q/k-norms" in line for line in table)
-    # An engine is a column.
+    # An engine is a column, and what it says a note.
     engines = {"A": {"target": "bamba", "reason": "runs"}, "B": {"target": "none", "reason": "no"}}
-    row = docs_parts._verdict_rows("x", "Llama", {"target": "bamba", "reason": "r", "engines": engines})
-    assert row == ["x", "Llama", "`bamba`", "r", "`bamba`: runs", "no"]
+    found = docs_parts.Verdicts("plan")
+    for family in docs_parts.FAMILIES:
+        found.add("x", family, {"target": "bamba", "reason": "r", "engines": engines})
+    shown = found.shown()
+    assert "| plan | base | native class | why | A | B |" in shown
+    assert "| x | any | `bamba` | r | `bamba` | none |" in shown
+    assert shown.endswith("\nA:\n\n- `bamba`: runs\n\nB:\n\n- none: no\n")
 
 
 def test_the_page_of_a_recipe():
