@@ -251,6 +251,9 @@ def test_generate_from_the_command_line(folder, capsys, monkeypatch):
     assert value["tokens"][5] == 4
     assert value["cache_bytes"] > 0
     assert len(value["tokens"]) == value["prompt_tokens"] + value["new_tokens"]
+    assert "longer than" not in out.err
+    code, out = call(capsys, monkeypatch, "generate", folder, "--prompt", "a" * 140, "--tokens", "1")
+    assert "longer than the 128 tokens that the model is trained for" in out.err
     code, out = call(capsys, monkeypatch, "generate", folder, "--prompt", "abc", "--system", "x")
     assert (code, out.err.count("\n")) == (2, 1)
     assert "--system goes with --chat" in out.err

@@ -65,7 +65,7 @@ def generate(
         shared.screen.write(speaker.tokenizer.decode(ids, skip_special_tokens=True))
     spoken = speaker.speak(ids, shared.screen.write, continues=not chat)
     shared.screen.write("\n")
-    _figures(spoken)
+    _figures(speaker, spoken)
     whole = spoken.text if chat else speaker.tokenizer.decode(ids, skip_special_tokens=True) + spoken.text
     shared.screen.result({**_plain(spoken), "text": whole, "tokens": spoken.ids})
 
@@ -87,7 +87,8 @@ def chat(
     """
     from hybridize.talk import Chat
 
-    talk = Chat(_speaker(checkpoint, tokens, sample, temperature, top_p, seed, dtype), checkpoint, system)
+    speaker = _speaker(checkpoint, tokens, sample, temperature, top_p, seed, dtype)
+    talk = Chat(speaker, checkpoint, system)
     turns: list[dict[str, Any]] = []
     if sys.stdin.isatty():
         shared.screen.note(COMMANDS)
@@ -105,7 +106,7 @@ def chat(
             with _stoppable() as stopped:
                 spoken = talk.answer(line.strip(), shared.screen.write, stopped)
             shared.screen.write("\n")
-            _figures(spoken)
+            _figures(speaker, spoken)
             turns.append(_plain(spoken))
     shared.screen.result({"messages": talk.messages, "turns": turns})
 
@@ -133,7 +134,7 @@ def _plain(spoken: Any) -> dict[str, Any]:
     return {key: value for key, value in dataclasses.asdict(spoken).items() if key != "ids"}
 
 
-def _figures(spoken: Any) -> None:
+def _figures(speaker: Any, spoken: Any) -> None:
     from hybridize.eval.table import human_bytes
 
     cached = spoken.prompt_tokens - spoken.read_tokens
@@ -143,6 +144,9 @@ def _figures(spoken: Any) -> None:
         f"after {spoken.prefill_s:.3g} s{speed}; state at {spoken.cache_tokens} tokens {human_bytes(spoken.cache_bytes)}, "
         f"base's {human_bytes(spoken.base_bytes)}]"
     )
+    context = speaker.model.config.max_position_embeddings
+    if spoken.cache_tokens > context:
+        shared.screen.note(f"[the text is longer than the {context} tokens that the model is trained for]")
 
 
 def _lines() -> Iterator[str]:
