@@ -17,7 +17,7 @@ demo: setup
 	rm -rf demo-run demo-run.text .demo-run.partial
 	$(BIN)/hybridize demo --out demo-run $(if $(LONG),--long)
 
-check: setup lint test slow docs
+check: setup lint test docs slow
 
 lint: setup
 	$(BIN)/ruff format --check .

@@ -122,10 +122,11 @@ def plan_of(recipe: str, shape: str) -> Plan:
     return make_plan(base, chosen.plan, chosen.name, chosen.seed)
 
 
-def section_plan(shape: str, section: dict[str, Any]) -> Plan | None:
-    """A plan of a section, None where it cannot be."""
+@cache
+def section_plan(shape: str, section: str) -> Plan | None:
+    """A plan of a section, which is YAML; None where it cannot be."""
     try:
-        return make_plan(base_of(shape), section, "docs", 0)
+        return make_plan(base_of(shape), yaml.safe_load(section), "docs", 0)
     except ConfigError:
         return None
 
@@ -177,7 +178,7 @@ def verdicts(sections: dict[str, dict[str, Any]]) -> str:
     found = Verdicts("plan")
     for what, section in sections.items():
         for family, shape in FAMILIES.items():
-            made = section_plan(shape, section)
+            made = section_plan(shape, yaml.safe_dump(section))
             if made is not None:
                 found.add(what, family, dict(made.native))
     return found.shown()
