@@ -309,6 +309,7 @@ def test_help_names_every_verb(capsys):
         "report",
         "run",
         "generate",
+        "chat",
         "demo",
     ):
         assert f"  {verb} " in out.out

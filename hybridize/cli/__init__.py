@@ -7,7 +7,7 @@ import sys
 
 import typer
 
-from hybridize.cli import export, make, measure, recipes, shared, speed  # noqa: F401  each adds its commands
+from hybridize.cli import export, make, measure, recipes, shared, speed, talk  # noqa: F401  each adds its commands
 from hybridize.cli.shared import cli
 from hybridize.console import Screen
 from hybridize.errors import HybridizeError, StoppedError

@@ -1,4 +1,4 @@
-"""The verbs that make something: info, plan, convert, distill, teach, run, demo, generate."""
+"""The verbs that make something: info, plan, convert, distill, teach, run, demo."""
 
 import dataclasses
 import os
@@ -366,27 +366,3 @@ def demo(
 
     train, held_out = write_demo_text(out.with_name(out.name + ".text"))
     _run("demo-long" if long else "demo", [], "demo", str(train), out, str(held_out), resume)
-
-
-@cli.command()
-def generate(
-    checkpoint: DirArg,
-    prompt: Annotated[str, typer.Option(help="The text to go on from.")],
-    tokens: Annotated[int, typer.Option(help="New tokens.")] = 64,
-    sample: Annotated[bool, typer.Option("--sample", help="Sample instead of taking the likeliest token.")] = False,
-    seed: int = 0,
-) -> None:
-    """Go on with a prompt."""
-    import torch
-
-    from hybridize.checkpoint import load_model
-    from hybridize.pipeline import load_tokenizer
-
-    model, tokenizer = load_model(checkpoint), load_tokenizer(checkpoint)
-    torch.manual_seed(seed)
-    inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    ids = model.generate(**inputs, max_new_tokens=tokens, do_sample=sample, pad_token_id=pad)
-    text = tokenizer.decode(ids[0], skip_special_tokens=True)
-    shared.screen.say(text)
-    shared.screen.result({"text": text, "tokens": ids[0].tolist()})
