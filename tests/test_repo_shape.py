@@ -17,10 +17,10 @@ from hybridize.mixers import MIXERS
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "hybridize"
 RANK = {
-    "errors": 0, "version": 0,
+    "errors": 0, "redact": 0, "version": 0,
     "core": 1, "registry": 1, "families": 1, "cache": 1, "kernels": 1, "storage": 1,
     "mixers": 2,
-    "shards": 2, "modeling": 3, "untrusted": 3.3, "lineage": 3.6, "checkpoint": 4, "capture": 4, "data": 4,
+    "shards": 2, "modeling": 3, "untrusted": 3.3, "lineage": 3.6, "checkpoint": 4, "capture": 4, "data": 4, "fingerprint": 4.2,
     "conversions": 5, "distill": 5, "eval": 5, "hub": 5, "recipe": 5,
     "demo": 6, "pipeline": 6, "console": 6,
     "cli": 7, "__main__": 8,
