@@ -239,6 +239,29 @@ class Metric:
     """How many independent items the value and its stderr come from."""
 
 
+def human_bytes(count: float) -> str:
+    """Such as "1.5 MiB"; exact below 1 KiB."""
+    if count < 1024:
+        return f"{count:g} B"
+    for unit in ("KiB", "MiB", "GiB"):
+        count /= 1024
+        if count < 1024 or unit == "GiB":
+            break
+    return f"{count:.4g} {unit}"
+
+
+def show(metric: Metric) -> str:
+    """A metric as text, with its standard error where it has one."""
+    if metric.unit == "bytes":
+        return human_bytes(metric.value)
+    if metric.unit == "x the base":
+        return f"{metric.value:.2f}x"
+    if metric.unit == "tokens/s":
+        return f"{metric.value:,.0f}"
+    text = f"{metric.value:.4g}"
+    return text if not metric.stderr else f"{text} ± {metric.stderr:.2g}"
+
+
 @dataclass(frozen=True, kw_only=True)
 class Report:
     """What was measured on one checkpoint."""

@@ -16,7 +16,7 @@ HIDDEN = "[hidden]"
 # A shorter token would be a word that texts hold anyway.
 LEAST = 8
 
-# Hugging Face, GitHub, OpenAI and Anthropic, AWS, Google, Slack, GitLab, PyPI, JWT. Long enough that no word of a tokenizer is one.
+# Hugging Face, GitHub, OpenAI and Anthropic, AWS, Google, Slack, GitLab, PyPI, JWT: too long to be words of a tokenizer.
 SHAPES = re.compile(
     r"(?<![A-Za-z0-9])(?:hf_[A-Za-z0-9_]{16,}|api_org_[A-Za-z0-9]{16,}|gh[pousr]_[A-Za-z0-9]{30,}|github_pat_[A-Za-z0-9_]{30,}"
     r"|sk-(?:[a-z]+-)*[A-Za-z0-9_-]{30,}|AKIA[0-9A-Z]{16}|AIza[A-Za-z0-9_-]{35}|xox[abprs]-[A-Za-z0-9-]{20,}"

@@ -7,10 +7,11 @@ import sys
 
 import typer
 
-from hybridize.cli import make, measure, recipes, shared, speed  # noqa: F401  each adds its commands
+from hybridize.cli import make, measure, publish, recipes, shared, speed  # noqa: F401  each adds its commands
 from hybridize.cli.shared import cli
 from hybridize.console import Screen
 from hybridize.errors import HybridizeError, StoppedError
+from hybridize.redact import scrub
 
 
 def app(arguments: list[str] | None = None) -> int:
@@ -26,7 +27,7 @@ def app(arguments: list[str] | None = None) -> int:
         return code if isinstance(code, int) else 0
     except HybridizeError as error:
         shared.screen.close()
-        print(f"hybridize: {error}", file=sys.stderr)
+        print(scrub(f"hybridize: {error}"), file=sys.stderr)
         return 2
     except StoppedError as stop:
         shared.screen.close()
@@ -58,7 +59,8 @@ def _usage_error(error: BaseException) -> int:
         raise error
     context = getattr(error, "ctx", None)
     hint = f" Try `{context.command_path} --help`." if context is not None else ""
-    print(f"hybridize: {show()}{hint}", file=sys.stderr)
+    # An option in the wrong place may hold a token.
+    print(scrub(f"hybridize: {show()}{hint}"), file=sys.stderr)
     return 2
 
 
