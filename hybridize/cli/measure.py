@@ -85,6 +85,7 @@ def eval_(
     from hybridize.checkpoint import open_checkpoint
     from hybridize.eval import comparison_table, evaluate
     from hybridize.hub import base_of, resolve_base
+    from hybridize.lineage import origin
 
     folder = resolve_base(checkpoint)
     probes: list[dict[str, Any]] = []
@@ -106,12 +107,15 @@ def eval_(
     against = resolve_base(base) if base is not None else None
     if against is None:
         against = base_of(folder) if open_checkpoint(folder).is_hybrid else folder
+    # A report of what the Hub has says so, and not where this machine's cache lies.
+    known = origin(folder)
+    name = f"{known['repo']}@{known['revision']}" if known else None
     main = os.environ.get("RANK", "0") == "0"
     report = evaluate(folder, probes, data, base=against, out=out, seed=seed, limit=limit,
-                      progress=shared.screen.progress if main else None, cache=cache)  # fmt: skip
+                      progress=shared.screen.progress if main else None, cache=cache, name=name)  # fmt: skip
     if not main:
         return
-    shared.screen.table(comparison_table({folder.name or checkpoint: report}))
+    shared.screen.table(comparison_table({name or folder.name or checkpoint: report}))
     shared.screen.result(report.to_dict())
 
 

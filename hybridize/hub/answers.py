@@ -43,10 +43,15 @@ def asking(what: str, writing: bool = False) -> Iterator[None]:
         # Uploads wrap what went wrong in a RuntimeError, and Xet raises nothing else.
         except (transport, EntryNotFoundError, OSError, HFValidationError, ValueError, RuntimeError) as error:
             message = scrub(f"{what}: {explain(error, what, writing)}")
-        # Outside the handler, so that no traceback leads to an error whose text is not ours.
-        else:
-            return
-    raise CheckpointError(message)
+            _clean(error)
+            raise CheckpointError(message) from None
+
+
+def _clean(error: BaseException | None) -> None:
+    """Scrub the texts of an error and of those it came from, for whoever prints all of them."""
+    while error is not None:
+        error.args = tuple(scrub(part) if isinstance(part, str) else part for part in error.args)
+        error = error.__cause__ or error.__context__
 
 
 def explain(error: BaseException, repo: str, writing: bool) -> str:
