@@ -72,8 +72,8 @@ def explain(error: BaseException, repo: str, writing: bool) -> str:
     if isinstance(error, errors.LocalEntryNotFoundError):
         return "not in the local cache, or not all of it, and the Hub is not asked (HF_HUB_OFFLINE); give a local directory"
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return "the disk of the Hub's cache is full. Make room or set HF_HOME, then run again: what came is kept"
-    again = "run again, nothing is sent twice" if writing else "run again, what came is kept"
+        return "the disk of the Hub's cache is full. Make room or set HF_HOME, then run again: files that came are kept"
+    again = "run again, nothing is sent twice" if writing else "run again, files that came are kept"
     if isinstance(error, errors.HfHubHTTPError.__bases__[0]):
         kind = type(error).__name__
         return f"the Hub cannot be reached ({kind}). Connect, then {again}" if "Connect" in kind else (

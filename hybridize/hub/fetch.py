@@ -1,6 +1,7 @@
 """Where a base or hybrid comes from: a local directory, the bundled model, or the Hub.
 
-What the Hub has is read where its cache keeps it, and never copied. A download that was cut goes on where it was.
+What the Hub has is read where its cache keeps it, and never copied. A cut connection goes on where it was; a call that failed
+keeps the files that came whole.
 """
 
 import logging

@@ -4,7 +4,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from huggingface_hub import constants, utils
+from huggingface_hub import constants, file_download, utils
+from huggingface_hub.utils import _http as http
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -37,9 +38,8 @@ def point_at(monkeypatch, url, home):
         "HF_TOKEN_PATH": str(home / "token"), "HF_STORED_TOKENS_PATH": str(home / "stored_tokens"),
     }.items():  # fmt: skip
         monkeypatch.setattr(constants, name, value)
-    import huggingface_hub.utils._http as http
-
-    monkeypatch.setattr(http, "time", SimpleNamespace(sleep=lambda _: None, time=http.time.time))
+    for module in (http, file_download):
+        monkeypatch.setattr(module, "time", SimpleNamespace(sleep=lambda _: None, time=http.time.time))
     utils.close_session()
 
 
@@ -72,7 +72,9 @@ def base(tmp_path_factory):
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", unk_token="<unk>").save_pretrained(path)
-    (path / "LICENSE").write_text("MIT License\n\nPermission is hereby granted, free of charge, to any person obtaining a copy of")
+    (path / "LICENSE").write_text(
+        "MIT License\n\nPermission is hereby granted, free of charge, to any person obtaining a copy of"
+    )
     return path
 
 

@@ -54,6 +54,7 @@ class LoopbackHub:
         self.tokens = {}
         """Token -> {"name": user, "write": bool}."""
         self.requests, self.failures, self.put_bytes = [], [], {}
+        self.last_range = None
         self.echo = False
         """Whether errors repeat the Authorization header, as no server should."""
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self))
@@ -294,6 +295,7 @@ def _handler(hub):
                 headers = {"X-Repo-Commit": found.branches.get(revision, revision), "Accept-Ranges": "bytes",
                            "ETag": f'"{entry.get("lfs", {}).get("oid") or entry["oid"]}"'}  # fmt: skip
                 status = 200
+                hub.last_range = self.headers.get("Range", hub.last_range)
                 if match := re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", "")):
                     start, end = int(match[1]), min(int(match[2] or len(data) - 1), len(data) - 1)
                     headers["Content-Range"] = f"bytes {start}-{end}/{len(data)}"

@@ -145,7 +145,9 @@ def test_what_the_hub_answers_is_one_line(hub, bundle, method, path, status, hea
 
 
 def test_no_hub_no_token_and_another_users_place(hub, bundle, monkeypatch):
-    with pytest.raises(CheckpointError, match="someone/x: the token may not write there .403.. Take one with write access to someone"):
+    with pytest.raises(
+        CheckpointError, match="someone/x: the token may not write there .403.. Take one with write access to someone"
+    ):
         push(dataclasses.replace(bundle, repo="someone/x"))
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
     with pytest.raises(CheckpointError, match="the Hub cannot be reached"):
