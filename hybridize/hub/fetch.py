@@ -10,7 +10,7 @@ from pathlib import Path
 
 from hybridize.errors import CheckpointError
 from hybridize.hub.answers import asking
-from hybridize.hub.licences import card_licence
+from hybridize.hub.licences import card_licence, licence_files, repo_licence, text_licence
 from hybridize.lineage import is_complete, read_lineage
 from hybridize.redact import scrub
 from hybridize.registry import suggest
@@ -98,7 +98,7 @@ def _fetch(repo: str, revision: str | None, patterns: list[str]) -> Path:
         folder = Path(HfApi().snapshot_download(repo, revision=revision, allow_patterns=patterns, ignore_patterns=ELSEWHERE))
     if not (folder / "config.json").is_file():
         raise CheckpointError(f"{repo}: holds no config.json, expected a checkpoint of transformers")
-    licence = card_licence(folder)
+    licence = card_licence(folder) or text_licence(licence_files(folder)) or repo_licence(repo)
     log.warning("base: %s@%s (licence: %s)", repo, folder.name, "not stated" if licence is None else licence.title)
     return folder
 

@@ -232,7 +232,8 @@ def test_the_card_says_it_all_and_the_hub_can_read_it(hybrid):
         "notes": "lm-eval arc_easy, acc; 570 samples, standard error 0.02",
     }]  # fmt: skip
     for part in ("12.5 ± 0.25", "| 12 ± 0.25 |", "at 131,072 tokens", "max_ratio perplexity | 1.0417 | 1.05 | pass", "CC0-1.0",
-                 "import hybridize", "![Mixer and cache", "name: streaming", "without a text" if False else "[LICENSE](LICENSE)"):  # fmt: skip
+                 "import hybridize", "![Mixer and cache", "name: streaming",
+                 "[LICENSE](LICENSE)"):  # fmt: skip
         assert part in bundle.card, part
     assert files["layers.png"] == {file.name: file.source for file in bundled(hybrid).files}["layers.png"]
 
