@@ -24,8 +24,8 @@ SHAPES = re.compile(
     r"|eyJ[A-Za-z0-9_-]{10,}\.[A-Za-z0-9_-]{10,}\.[A-Za-z0-9_-]{10,})"
     r"|-----BEGIN [A-Z ]*PRIVATE KEY-----"
 )
-# user:password@ or token@ of a URL.
-CREDENTIALS = re.compile(r"(?P<scheme>[a-z][a-z0-9+.-]*:/{1,2})(?P<who>[^\s/@'\"<>]+)@", re.IGNORECASE)
+# user:password@ or token@ of a URL; of one slash, as paths fold two. Bounded, so that a long word costs no more than its length.
+CREDENTIALS = re.compile(r"(?P<scheme>[a-z][a-z0-9+.-]{0,20}:/{1,2})(?P<who>[^\s/@'\"<>]{1,1000})@", re.IGNORECASE)
 # Environment variables that huggingface_hub reads a token from.
 VARIABLES = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_OIDC_ID_TOKEN")
 

@@ -4,6 +4,8 @@ Exit codes: 0 done, 1 a gate failed, 2 a user's error (one line, no traceback); 
 """
 
 import sys
+import traceback
+from types import TracebackType
 
 import typer
 
@@ -73,8 +75,14 @@ def _silence_libraries() -> None:
         hf_logging.set_verbosity_error()
 
 
+def _scrubbed_traceback(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """A bug's traceback, which may quote what a library was given."""
+    print(scrub("".join(traceback.format_exception(kind, error, trace))), end="", file=sys.stderr)
+
+
 def main() -> None:
     """What the `hybridize` script calls."""
+    sys.excepthook = _scrubbed_traceback
     sys.exit(app())
 
 

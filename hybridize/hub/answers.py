@@ -59,7 +59,7 @@ def explain(error: BaseException, repo: str, writing: bool) -> str:
     from huggingface_hub import errors
 
     if isinstance(error, errors.OfflineModeIsEnabled):
-        return "HF_HUB_OFFLINE is set, so that the Hub is not asked. Unset it, or give a local directory"
+        return f"HF_HUB_OFFLINE is set, so that the Hub is not asked. Unset it{'' if writing else ', or give a local directory'}"
     if isinstance(error, errors.HFValidationError):
         return f"is no name of a repository ({_first_line(error)}). Expected one such as me/model"
     if isinstance(error, errors.HfHubHTTPError) and error.response is not None:

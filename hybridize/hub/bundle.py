@@ -146,7 +146,7 @@ def bundle_model(folder: Path, repo: str, evidence: Evidence, said: Statement) -
     name = (
         lineage["base"].get("repo")
         or said.base_model
-        or ("the model bundled with hybridize" if is_demo else lineage["base"]["name"])
+        or ("the model bundled with hybridize" if is_demo else lineage["base"].get("name", "a model without a name"))
     )
     terms = _check_terms(repo, lineage, licence, texts, name, hybrid, said)
     for one in terms:

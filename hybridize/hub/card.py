@@ -233,7 +233,8 @@ def _use(facts: Facts) -> str:
 def _making(facts: Facts) -> str:
     lineage, lines = facts.lineage, ["## How it was made"]
     known = "" if facts.plan is None else f" by the recipe `{facts.plan.recipe}`, seed {facts.plan.seed}"
-    lines.append(f"- **Base:** {_base_link(facts)}, licence {facts.licence.title} (as {facts.licence.source} has it)")
+    said = "as the publisher says" if facts.licence.source.startswith("--") else f"by {facts.licence.source}"
+    lines.append(f"- **Base:** {_base_link(facts)}, licence {facts.licence.title} ({said})")
     seeded = lineage.get("calibration")
     text = "" if not seeded else (
         f"; seeds calibrated on {seeded['sequences'] * seeded['tokens']:,} tokens (sha256 `{seeded['sha256']}`)"

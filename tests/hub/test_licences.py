@@ -105,7 +105,7 @@ def llama(hybrid, tmp_path):
     return folder
 
 
-def test_a_derivative_of_llama_3_under_another_name_is_refused(llama, tmp_path, capsys):
+def test_a_derivative_of_llama_3_under_another_name_is_refused(llama, hub, tmp_path, capsys):
     found = judged(llama)
     for name in ("report", "verdict"):
         write_json(tmp_path / f"{name}.json", found[name].to_dict())
@@ -121,6 +121,7 @@ def test_a_derivative_of_llama_3_under_another_name_is_refused(llama, tmp_path, 
     assert "license: llama3\n" in value["card"]
     assert "at commit `" + "c" * 40 in value["card"]
     assert {"LICENSE", "NOTICE"} <= {file["name"] for file in value["files"]}
+    assert hub.requests == []  # --dry-run touches no network
 
 
 def test_the_text_of_the_licence_has_to_go_along(llama):
