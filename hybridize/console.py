@@ -10,6 +10,15 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from hybridize.redact import scrub
+
+
+class _Scrubbed(logging.Formatter):
+    """Log lines without tokens."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return scrub(super().format(record))
+
 
 class Screen:
     """Output of one command.
@@ -32,7 +41,7 @@ class Screen:
         self._last: dict[str, tuple[float, int]] = {}
         level = logging.WARNING if verbose == 0 else logging.INFO if verbose == 1 else logging.DEBUG
         handler = logging.StreamHandler(sys.stderr)
-        handler.setFormatter(logging.Formatter("%(message)s"))
+        handler.setFormatter(_Scrubbed("%(message)s"))
         logger = logging.getLogger("hybridize")
         logger.handlers[:] = [handler]
         logger.setLevel(level)
@@ -70,7 +79,7 @@ class Screen:
         """A line of the result, unless JSON was asked for."""
         if not self.as_json and not self.quiet:
             self.close()
-            self.out.print(text, markup=False)
+            self.out.print(scrub(text), markup=False)
 
     def write(self, piece: str) -> None:
         """A piece of a text that is being made, as it comes, unless JSON was asked for."""
@@ -93,11 +102,11 @@ class Screen:
         for place, name in enumerate(rows[0]):
             table.add_column(name, justify="left" if place == 0 else "right", overflow="fold")
         for row in rows[1:]:
-            table.add_row(*row)
+            table.add_row(*map(scrub, row))
         self.out.print(table)
 
     def result(self, value: Any) -> None:
         """The command's result as one JSON document, if asked for."""
         self.close()
         if self.as_json:
-            print(json.dumps(value, indent=1, default=str), flush=True)
+            print(scrub(json.dumps(value, indent=1, default=str)), flush=True)

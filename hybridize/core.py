@@ -161,6 +161,8 @@ class Plan:
     """Local path of the base checkpoint, as given."""
     base_hash: str
     """sha256 of the base's config.json: a plan is for one architecture, and needs no weights."""
+    origin: dict[str, str] = field(default_factory=dict)
+    """{"repo", "revision"} of a base that came from the Hub: its id and the commit."""
     family: str
     """model_type of the base, a key of FAMILIES."""
     recipe: str
@@ -188,8 +190,8 @@ class Plan:
         return Plan.from_dict(read_json(path, "a plan written by `hybridize plan`"), str(path))
 
     def digest(self) -> str:
-        """Hash of what decides the output; where the base lies on disk does not."""
-        return digest({key: value for key, value in self.to_dict().items() if key != "base"})
+        """Hash of what decides the output; where the base lies or came from does not."""
+        return digest({key: value for key, value in self.to_dict().items() if key not in ("base", "origin")})
 
 
 def plan_table(plan: Plan) -> list[dict[str, Any]]:
@@ -237,6 +239,29 @@ class Metric:
     """How many independent items the value and its stderr come from."""
 
 
+def human_bytes(count: float) -> str:
+    """Such as "1.5 MiB"; exact below 1 KiB."""
+    if count < 1024:
+        return f"{count:g} B"
+    for unit in ("KiB", "MiB", "GiB"):
+        count /= 1024
+        if count < 1024 or unit == "GiB":
+            break
+    return f"{count:.4g} {unit}"
+
+
+def show(metric: Metric) -> str:
+    """A metric as text, with its standard error where it has one."""
+    if metric.unit == "bytes":
+        return human_bytes(metric.value)
+    if metric.unit == "x the base":
+        return f"{metric.value:.2f}x"
+    if metric.unit == "tokens/s":
+        return f"{metric.value:,.0f}"
+    text = f"{metric.value:.4g}"
+    return text if not metric.stderr else f"{text} ± {metric.stderr:.2g}"
+
+
 @dataclass(frozen=True, kw_only=True)
 class Report:
     """What was measured on one checkpoint."""
@@ -249,6 +274,8 @@ class Report:
     item_hashes: dict[str, str] = field(default_factory=dict)
     """Per metric with samples: hash of the items, so that only equal items are paired."""
     versions: dict[str, str] = field(default_factory=dict)
+    weights: str = ""
+    """`fingerprint.weights_hash` of what was measured: config.json and every byte of the weights."""
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -282,6 +309,8 @@ class Verdict:
 
     passed: bool
     gates: tuple[GateResult, ...]
+    weights: str = ""
+    """Of the report: which weights were judged."""
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -291,3 +320,7 @@ class Verdict:
         if not isinstance(data, dict) or not isinstance(data.get("gates"), (list, tuple)):
             raise CheckpointError(f"{where}: got no gates, expected a verdict written by `hybridize gate`")
         return _from(Verdict, {**data, "gates": tuple(_from(GateResult, g, where) for g in data["gates"])}, where)
+
+    @staticmethod
+    def read(path: Path) -> "Verdict":
+        return Verdict.from_dict(read_json(path, "a verdict written by `hybridize gate`"), str(path))

@@ -41,6 +41,15 @@ def versions() -> dict[str, str]:
     return {"hybridize": __version__, "python": platform.python_version(), **found}
 
 
+def origin(folder: Path | str) -> dict[str, str]:
+    """{"repo", "revision"} of a directory in the Hub's cache: the repository's id and the commit. Empty for any other."""
+    path = Path(os.path.abspath(folder))
+    # The Hub's cache keeps models--ORG--NAME/snapshots/COMMIT; no name on the Hub holds two hyphens in a row.
+    if path.parent.name != "snapshots" or not path.parent.parent.name.startswith("models--"):
+        return {}
+    return {"repo": path.parent.parent.name.removeprefix("models--").replace("--", "/", 1), "revision": path.name}
+
+
 def is_complete(folder: Path | str) -> bool:
     """Whether a directory of ours was finished: lineage.json is there."""
     return (Path(folder) / LINEAGE).is_file()

@@ -278,6 +278,10 @@ def test_keep_all_is_the_base_bit_for_bit(base, tmp_path):
         (["score", "BASE", "--metric", "energy"], "Missing option '--out'"),
         (["teach", "BASE", "--recipe", "mamba2", "--data", "t.txt", "--out", "OUT"], "lineage.json: no such file"),
         (["teach", "BASE", "--recipe", "mamba2", "--held-out", "t.txt", "--out", "OUT"], "--held-out goes with --as-run"),
+        (["push", "BASE", "me/x"], "has no lineage.json, expected a hybrid or export"),
+        (["push", "nowhere", "me/x"], "no such directory or file"),
+        (["push", "BASE", "me/x", "--run", "BASE"], "holds no plan.json"),
+        (["push", "BASE"], "Missing argument 'REPO'"),
         (["nope"], "No such command"),
     ],
     ids=lambda value: " ".join(value[:4]) if isinstance(value, list) else "",
@@ -311,6 +315,7 @@ def test_help_names_every_verb(capsys):
         "generate",
         "chat",
         "demo",
+        "push",
     ):
         assert f"  {verb} " in out.out
 

@@ -4,13 +4,16 @@ Exit codes: 0 done, 1 a gate failed, 2 a user's error (one line, no traceback); 
 """
 
 import sys
+import traceback
+from types import TracebackType
 
 import typer
 
-from hybridize.cli import export, make, measure, recipes, shared, speed, talk  # noqa: F401  each adds its commands
+from hybridize.cli import export, make, measure, publish, recipes, shared, speed, talk  # noqa: F401  each adds its commands
 from hybridize.cli.shared import cli
 from hybridize.console import Screen
 from hybridize.errors import HybridizeError, StoppedError
+from hybridize.redact import scrub
 
 
 def app(arguments: list[str] | None = None) -> int:
@@ -26,7 +29,7 @@ def app(arguments: list[str] | None = None) -> int:
         return code if isinstance(code, int) else 0
     except HybridizeError as error:
         shared.screen.close()
-        print(f"hybridize: {error}", file=sys.stderr)
+        print(scrub(f"hybridize: {error}"), file=sys.stderr)
         return 2
     except StoppedError as stop:
         shared.screen.close()
@@ -58,7 +61,8 @@ def _usage_error(error: BaseException) -> int:
         raise error
     context = getattr(error, "ctx", None)
     hint = f" Try `{context.command_path} --help`." if context is not None else ""
-    print(f"hybridize: {show()}{hint}", file=sys.stderr)
+    # An option in the wrong place may hold a token.
+    print(scrub(f"hybridize: {show()}{hint}"), file=sys.stderr)
     return 2
 
 
@@ -71,8 +75,14 @@ def _silence_libraries() -> None:
         hf_logging.set_verbosity_error()
 
 
+def _scrubbed_traceback(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """A bug's traceback, which may quote what a library was given."""
+    print(scrub("".join(traceback.format_exception(kind, error, trace))), end="", file=sys.stderr)
+
+
 def main() -> None:
     """What the `hybridize` script calls."""
+    sys.excepthook = _scrubbed_traceback
     sys.exit(app())
 
 

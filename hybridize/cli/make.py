@@ -180,12 +180,15 @@ def distill(
     from hybridize.distill.run import build_stages
     from hybridize.distill.sharding import asked_to_shard
     from hybridize.distill.teachers import prepare
+    from hybridize.hub import resolve_base, teacher_for
     from hybridize.pipeline import fitted, recall_of
     from hybridize.recipe import text_sources
 
     if processes is not None and not dry_run:
         raise ConfigError("--processes is for --dry-run; start them with torchrun or accelerate launch")
-    found = describe(checkpoint)
+    folder = resolve_base(checkpoint)
+    found = describe(folder)
+    teacher = teacher_for(folder, teacher)
     chosen = shared.load(recipe, set_, found.config)
     stages = fitted(chosen.distill, found.config)
     main = os.environ.get("RANK", "0") == "0"
@@ -193,16 +196,16 @@ def distill(
     machine = shared.machine(memory_gb, mfu, peak_tflops, processes, asked_to_shard(shard))
     if main:
         built = build_stages(stages)
-        taught = prepare(checkpoint, teacher, built, chosen.seed)
-        costs = run_cost(checkpoint, taught.model, built, machine, taught.cache)
+        taught = prepare(folder, teacher, built, chosen.seed)
+        costs = run_cost(folder, taught.model, built, machine, taught.cache)
         shared.show_cost(costs, machine)
         if dry_run:
             shared.screen.result(shared.plain(costs))
             return
         refuse(costs, machine)
     text = None if data is None and chosen.data.mixture is None else text_sources(chosen, data)
-    result = run_distill(checkpoint, stages, text, out, teacher=teacher, resume=resume, seed=chosen.seed, progress=shown,
-                         tracker=track, token_cache=token_cache, recall=recall_of(checkpoint, chosen.seed),
+    result = run_distill(folder, stages, text, out, teacher=teacher, resume=resume, seed=chosen.seed, progress=shown,
+                         tracker=track, token_cache=token_cache, recall=recall_of(folder, chosen.seed),
                          shard=shard)  # fmt: skip
     if main:
         shared.screen.say(f"wrote {result}")
@@ -245,15 +248,18 @@ def teach(
     from hybridize.distill import plan_lesson
     from hybridize.distill import teach as run_teach
     from hybridize.eval.table import human_bytes
+    from hybridize.hub import resolve_base, teacher_for
     from hybridize.pipeline import fitted, split_text
     from hybridize.recipe import text_sources
 
     if held_out is not None and not as_run:
         raise ConfigError("--held-out goes with --as-run; without it the cache is of all of --data, as `distill` trains on it")
-    found = describe(checkpoint)
+    folder = resolve_base(checkpoint)
+    found = describe(folder)
+    teacher = teacher_for(folder, teacher)
     chosen = shared.load(recipe, set_, found.config)
     stages = fitted(chosen.distill, found.config)
-    lesson = plan_lesson(checkpoint, stages, teacher, keep, k, chosen.seed)
+    lesson = plan_lesson(folder, stages, teacher, keep, k, chosen.seed)
     main = os.environ.get("RANK", "0") == "0"
     if main:
         rows = [["stage", "rows", "tokens", "bytes"]]
@@ -269,8 +275,8 @@ def teach(
     text, shown = text_sources(chosen, data), shared.screen.progress if main else None
     if as_run:
         tokens = token_cache or out.with_name(f"{out.name}.tokens")
-        text, _ = split_text(load_tokenizer(checkpoint), text, held_out, chosen.data.held_out_share, tokens, shown)
-    run_teach(checkpoint, stages, text, out, teacher=teacher, keep=keep, k=k, resume=resume, seed=chosen.seed, progress=shown,
+        text, _ = split_text(load_tokenizer(folder), text, held_out, chosen.data.held_out_share, tokens, shown)
+    run_teach(folder, stages, text, out, teacher=teacher, keep=keep, k=k, resume=resume, seed=chosen.seed, progress=shown,
               token_cache=token_cache)  # fmt: skip
     if main:
         shared.screen.say(f"wrote {out}; `hybridize distill ... --teacher {out}` reads it")
@@ -309,10 +315,10 @@ def run(
 
 def _preview(recipe: str, set_: list[str], base: str, scores: Path | None, machine: Any, teacher: str | None) -> None:
     from hybridize.checkpoint import describe_base
-    from hybridize.hub import resolve_base
+    from hybridize.hub import resolve_base, teacher_for
     from hybridize.pipeline import preview
 
-    folder = resolve_base(base, weights=False)
+    folder, teacher = resolve_base(base, weights=False), teacher_for(None, teacher)
     chosen = shared.load(recipe, set_, describe_base(folder).config)
     made, costs = preview(chosen, folder, machine, shared.read_scores(scores), teacher)
     shared.show_plan(made)
@@ -325,7 +331,7 @@ def _run(
     scores: Path | None = None, machine: Any = None, teacher: str | None = None, cache: Path | None = None,
 ) -> None:  # fmt: skip
     from hybridize.checkpoint import describe_base
-    from hybridize.hub import resolve_base
+    from hybridize.hub import resolve_base, teacher_for
     from hybridize.pipeline import run as run_all
 
     machine = machine or shared.machine()
@@ -336,7 +342,7 @@ def _run(
         shared.show_plan(made)
         shared.show_cost(costs, machine)
 
-    folder = resolve_base(base)
+    folder, teacher = resolve_base(base), teacher_for(None, teacher)
     chosen = shared.load(recipe, set_, describe_base(folder).config)
     result = run_all(chosen, folder, data, out, held_out=held_out, resume=resume, progress=shared.screen.progress,
                      scores=shared.read_scores(scores), machine=machine, announce=announce, teacher=teacher,

@@ -63,7 +63,7 @@ def _candidate(spec: dict[str, Any] | None) -> str:
 
 @cli.command("eval")
 def eval_(
-    checkpoint: Annotated[str, typer.Argument(metavar="DIR", help="Directory of a base or hybrid.")],
+    checkpoint: Annotated[str, typer.Argument(metavar="DIR", help="Directory or hub id of a base or hybrid.")],
     out: Annotated[Optional[Path], typer.Option("--out", help="Write the report as JSON.")] = None,  # noqa: UP045
     tasks: Annotated[Optional[str], typer.Option(help="lm-eval tasks, with commas between.")] = None,  # noqa: UP045
     task_data: Annotated[Optional[Path], typer.Option(help="Directory of data sets: arc_easy/test.jsonl, blimp/*.jsonl.")] = None,  # noqa: UP045
@@ -84,8 +84,8 @@ def eval_(
     """
     from hybridize.checkpoint import open_checkpoint
     from hybridize.eval import comparison_table, evaluate
-    from hybridize.hub import resolve_base
-    from hybridize.lineage import read_lineage
+    from hybridize.hub import base_of, resolve_base
+    from hybridize.lineage import origin
 
     folder = resolve_base(checkpoint)
     probes: list[dict[str, Any]] = []
@@ -106,13 +106,16 @@ def eval_(
         probes = [{"name": "perplexity"}]
     against = resolve_base(base) if base is not None else None
     if against is None:
-        against = Path(read_lineage(folder)["base"]["location"]) if open_checkpoint(folder).is_hybrid else folder
+        against = base_of(folder) if open_checkpoint(folder).is_hybrid else folder
+    # A report of what the Hub has says so, and not where this machine's cache lies.
+    known = origin(folder)
+    name = f"{known['repo']}@{known['revision']}" if known else None
     main = os.environ.get("RANK", "0") == "0"
     report = evaluate(folder, probes, data, base=against, out=out, seed=seed, limit=limit,
-                      progress=shared.screen.progress if main else None, cache=cache)  # fmt: skip
+                      progress=shared.screen.progress if main else None, cache=cache, name=name)  # fmt: skip
     if not main:
         return
-    shared.screen.table(comparison_table({folder.name or checkpoint: report}))
+    shared.screen.table(comparison_table({name or folder.name or checkpoint: report}))
     shared.screen.result(report.to_dict())
 
 

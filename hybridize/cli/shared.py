@@ -22,8 +22,10 @@ cli = typer.Typer(
 # Replaced as a whole by `app` when the global flags are known.
 screen = Screen()
 
-BaseArg = Annotated[str, typer.Argument(metavar="BASE", help="Directory, hub id, alias such as llama-3-8b, or 'demo'.")]
-DirArg = Annotated[Path, typer.Argument(metavar="DIR", help="Directory of a checkpoint.")]
+BaseArg = Annotated[
+    str, typer.Argument(metavar="BASE", help="Directory, hub id, also id@revision, alias such as llama-3-8b, or 'demo'.")
+]
+DirArg = Annotated[str, typer.Argument(metavar="DIR", help="Directory of a checkpoint, or a hub id, also id@revision.")]
 RecipeOpt = Annotated[Optional[str], typer.Option("--recipe", help="A recipe file, or the name of a built-in one.")]  # noqa: UP045
 SuiteOpt = Annotated[Optional[str], typer.Option("--suite", help="Probes and gates: offline, standard, or a file.")]  # noqa: UP045
 SetOpt = Annotated[list[str], typer.Option("--set", metavar="KEY=VALUE", help="Override a recipe key: plan.keep=all.")]
@@ -46,7 +48,9 @@ MfuOpt = Annotated[float, typer.Option(help="Share of the peak that hours are gi
 PeakOpt = Annotated[float, typer.Option(help="The peak: dense bf16 of an H100 or H200.")]
 TeacherOpt = Annotated[
     Optional[str],  # noqa: UP045
-    typer.Option("--teacher", metavar="DIR|CACHE", help="A model, or what `teach` wrote. Default: the base of the lineage."),
+    typer.Option(
+        "--teacher", metavar="DIR|CACHE", help="A model, also a hub id, or what `teach` wrote. Default: the base of the lineage."
+    ),
 ]
 OutOpt = Annotated[Path, typer.Option("--out", help="Where to write; must not exist yet.")]
 ResumeOpt = Annotated[bool, typer.Option("--resume", help="Go on with what a killed run left.")]

@@ -57,7 +57,7 @@ def bench(
     }  # fmt: skip
     if shape is None:
         other = None if against is None else resolve_base(against)
-        figures = run_bench(str(checkpoint), other, fill=fill or "prefill", **common)
+        figures = run_bench(str(resolve_base(str(checkpoint))), other, fill=fill or "prefill", **common)
     else:
         found = describe_base(shape_of(shape))
         mixers = None

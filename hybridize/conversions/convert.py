@@ -24,7 +24,7 @@ from hybridize.conversions.job import Job, open_job
 from hybridize.conversions.layer import LayerCounts
 from hybridize.core import Plan, digest
 from hybridize.errors import ConfigError
-from hybridize.lineage import is_complete, read_lineage, verify_files, versions
+from hybridize.lineage import is_complete, origin, read_lineage, verify_files, versions
 from hybridize.shards import (
     Shard,
     tensor_bytes,
@@ -150,7 +150,7 @@ def _stamps(base: Checkpoint) -> list[list[Any]]:
 
 
 def _lineage(job: Job, location: str, text: Tensor | None, extra: dict[str, Any] | None) -> dict[str, Any]:
-    plan = {key: value for key, value in job.plan.to_dict().items() if key != "base"}
+    plan = {key: value for key, value in job.plan.to_dict().items() if key not in ("base", "origin")}
     calibration = None
     if text is not None:
         if text.dim() != 2 or text.dtype != torch.int64:
@@ -160,7 +160,7 @@ def _lineage(job: Job, location: str, text: Tensor | None, extra: dict[str, Any]
             "tokens": text.shape[1],
             "sha256": hashlib.sha256(tensor_bytes(text)).hexdigest(),
         }
-    base = {"name": Path(os.path.abspath(location)).name, "location": location, "hash": job.base.hash}
+    base = {"name": Path(os.path.abspath(location)).name, "location": location, "hash": job.base.hash, **origin(location)}
     lineage = {**(extra or {}), "verb": "convert", "base": base, "plan": plan, "calibration": calibration}
     return {**lineage, "identity": digest({"lineage": lineage, "versions": versions()})}
 

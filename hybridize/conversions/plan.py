@@ -12,6 +12,7 @@ from hybridize.conversions.table import CONVERSIONS
 from hybridize.core import LayerPlan, Plan, Scores
 from hybridize.errors import ConfigError
 from hybridize.families import FAMILIES
+from hybridize.lineage import origin
 from hybridize.mixers import MIXERS
 from hybridize.mixers.memory import check_reads
 from hybridize.native import native_verdict
@@ -295,6 +296,7 @@ def plan(base: Described, section: dict[str, Any], recipe_name: str, seed: int, 
     return Plan(
         base=str(base.path),
         base_hash=base.config_hash,
+        origin=origin(base.path),
         family=base.family,
         recipe=recipe_name,
         seed=seed,

@@ -42,7 +42,7 @@ from hybridize.distill.streams import disk_folder, on_disk, reached
 from hybridize.distill.teacher_cache import CachedSignals
 from hybridize.distill.teachers import Teacher, prepare, runs_model
 from hybridize.errors import ConfigError
-from hybridize.lineage import is_complete, read_lineage
+from hybridize.lineage import is_complete, origin, read_lineage
 from hybridize.shards import OnDemand
 from hybridize.storage import Staging, partial_folder
 
@@ -144,6 +144,8 @@ def distill(
             assert state is not None
             carried = {key: value for key, value in lineage.items() if key not in ("files", "versions")}
             carried["distill"] = [*lineage.get("distill", []), record]
+            # Beside the record, which is the job's identity: a teacher may be moved.
+            carried["teachers"] = [*lineage.get("teachers", []), _named(taught)]
             if records := recall_records(job.scratch, built):
                 carried["recall"] = [*lineage.get("recall", []), *records]
             save_changed(dataclasses.replace(found, config=configs[-1][0]), state.weights, staging, carried)
@@ -191,6 +193,13 @@ def _record_of(taught: Teacher, built: list[tuple[str, Any]]) -> dict[str, Any]:
     record = {"teacher": taught.cache.manifest["teacher"]["fingerprint"], "cache": taught.cache.hash}
     beside = any(runs_model(options, taught.cache) for _, options in built)
     return {**record, "model": _fingerprint(taught.model)} if beside else record
+
+
+def _named(taught: Teacher) -> dict[str, str]:
+    """A run's teacher by its name, and by repository and commit where it is the Hub's: its licence may ask for something."""
+    if taught.cache is not None:
+        return {"name": taught.cache.manifest["teacher"]["name"]}
+    return {"name": taught.model.resolve().name, **origin(taught.model)}
 
 
 def _train_all(accelerator: Accelerator, job: Job, seed: int, progress: Progress | None, shard: bool) -> State | None:

@@ -22,6 +22,7 @@ from hybridize.errors import CheckpointError, ConfigError
 from hybridize.eval.context import EvalContext, ProbeResult, Progress
 from hybridize.eval.kept import Kept
 from hybridize.eval.probes import PROBES
+from hybridize.fingerprint import weight_files, weights_hash
 from hybridize.lineage import LINEAGE, read_lineage
 from hybridize.storage import to_json, write_text
 
@@ -86,6 +87,7 @@ def evaluate(
         )
     kept = None if cache is None else Kept(Path(cache))
     key, earlier, answers = None, None, None
+    measured = weights_hash(found, None if kept is None else kept.hashes(weight_files(found))) if main else ""
     if kept is not None and main:
         weights = kept.weights(found)
         sha = None if tokens is None else tokens.sha256
@@ -94,7 +96,7 @@ def evaluate(
         earlier, answers = kept.report(key), kept.answers(weights, versions)
     earlier, answers = _told(accelerator, (earlier, answers))
     if earlier is not None:
-        report, items = dataclasses.replace(earlier[0], checkpoint=name), earlier[1]
+        report, items = dataclasses.replace(earlier[0], checkpoint=name, weights=measured), earlier[1]
         if main:
             log.warning("eval: %s: the same was measured before; its report is read from %s", checkpoint, cache)
     else:
@@ -110,7 +112,7 @@ def evaluate(
             # The headers of a base say little about its weights, but hashing those would read all of them again.
             checkpoint_hash=digest(read_lineage(checkpoint)["files"]) if (checkpoint / LINEAGE).is_file() else found.hash,
             metrics=result.metrics, samples=result.samples, item_hashes=result.item_hashes,
-            versions=_versions(found) | result.versions,
+            versions=_versions(found) | result.versions, weights=measured,
         )  # fmt: skip
         report, items = _told(accelerator, (report, _lines(result)))
         if kept is not None and main:

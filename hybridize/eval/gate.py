@@ -43,7 +43,7 @@ def gate(report: Report, baseline: Report | None, gates: list[dict[str, Any]], o
             metrics = [*([spec["metric"]] if "metric" in spec else []), *spec.get("tasks", []), *spec.get("metrics", [])]
             name = f"{name} {','.join(metrics)}".strip()
             results.append(GateResult(name=name, passed=False, value=None, limit=None, detail=detail))
-    verdict = Verdict(passed=all(result.passed for result in results), gates=tuple(results))
+    verdict = Verdict(passed=all(result.passed for result in results), gates=tuple(results), weights=report.weights)
     if out is not None:
         write_json(Path(out), verdict.to_dict())
     return verdict

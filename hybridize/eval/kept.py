@@ -10,12 +10,14 @@ All of it may be removed at any time; it is then measured again.
 import json
 import logging
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from hybridize.checkpoint import Checkpoint
 from hybridize.core import Report, digest
 from hybridize.errors import ConfigError
+from hybridize.fingerprint import weight_files
 from hybridize.storage import disk_errors, file_sha256, write_json, write_text
 
 log = logging.getLogger(__name__)
@@ -43,8 +45,8 @@ class Kept:
         with disk_errors(folder):
             (folder / "reports").mkdir(parents=True, exist_ok=True)
 
-    def weights(self, found: Checkpoint) -> str:
-        """Hash of a model as it will be run: config, every byte of its weights, tokenizer.
+    def hashes(self, files: Iterable[Path]) -> dict[str, str]:
+        """sha256 of files, by name.
 
         A file is read once; until size, time, place and inode change its hash is taken from `hashes.json`.
         """
@@ -53,9 +55,8 @@ class Kept:
             known = json.loads(path.read_text(encoding="utf-8"))
         except (FileNotFoundError, json.JSONDecodeError):
             known = {}
-        names = {info.file for info in found.tensors.values()} | {found.path / name for name in found.other_files}
         hashes, changed = {}, False
-        for file in sorted(names):
+        for file in sorted(files):
             place, stat = str(file.resolve()), file.stat()
             marks = [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
             if known.get(place, [None])[:-1] != marks:
@@ -67,7 +68,11 @@ class Kept:
                 hashes[file.name] = known[place][-1]
         if changed:
             write_json(path, known)
-        return digest([found.hash, hashes])
+        return hashes
+
+    def weights(self, found: Checkpoint) -> str:
+        """Hash of a model as it will be run: config, every byte of its weights, tokenizer."""
+        return digest([found.hash, self.hashes({*weight_files(found), *(found.path / name for name in found.other_files)})])
 
     def answers(self, weights: str, versions: dict[str, str]) -> Path:
         """The folder for what one model answers; as many threads as there are make no other model."""

@@ -1,6 +1,8 @@
-"""The before/after table, and how numbers are spelled for people."""
+"""The before/after table."""
 
-from hybridize.core import Metric, Report
+from hybridize.core import Metric, Report, human_bytes, show
+
+__all__ = ["ORDER", "compares_with_base", "comparison_table", "head_of", "human_bytes", "name_order", "over", "show"]
 
 # Rows come in this order; what is not named here follows by name.
 ORDER = (
@@ -14,29 +16,6 @@ AGAINST_BASE = ("kl_to_base", "top1_agreement", "greedy_agreement")
 LAST = (
     "state_bytes", "prefill_tokens_per_s", "prefill_speedup", "decode_tokens_per_s", "decode_speedup",
 )  # fmt: skip
-
-
-def human_bytes(count: float) -> str:
-    """Such as "1.5 MiB"; exact below 1 KiB."""
-    if count < 1024:
-        return f"{count:g} B"
-    for unit in ("KiB", "MiB", "GiB"):
-        count /= 1024
-        if count < 1024 or unit == "GiB":
-            break
-    return f"{count:.4g} {unit}"
-
-
-def show(metric: Metric) -> str:
-    """A metric as text, with its standard error where it has one."""
-    if metric.unit == "bytes":
-        return human_bytes(metric.value)
-    if metric.unit == "x the base":
-        return f"{metric.value:.2f}x"
-    if metric.unit == "tokens/s":
-        return f"{metric.value:,.0f}"
-    text = f"{metric.value:.4g}"
-    return text if not metric.stderr else f"{text} ± {metric.stderr:.2g}"
 
 
 def compares_with_base(name: str) -> bool:

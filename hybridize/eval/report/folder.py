@@ -8,7 +8,7 @@ from typing import Any
 from hybridize.core import Plan, Report, Scores, Verdict, read_json
 from hybridize.errors import CheckpointError, ConfigError
 from hybridize.eval.evaluate import items_path
-from hybridize.lineage import is_complete, read_lineage
+from hybridize.lineage import is_complete, origin, read_lineage
 
 Curve = list[tuple[float, float]]
 ITEM_KEYS = {"metric", "score", "prompt", "expected", "given"}
@@ -50,11 +50,7 @@ class Run:
         """The base by its last name: a report does not say where on a machine it lay."""
         if self.plan is None:
             return ""
-        path = Path(self.plan.base)
-        # The Hub's cache keeps models--ORG--NAME/snapshots/COMMIT.
-        if path.parent.name == "snapshots" and path.parent.parent.name.startswith("models--"):
-            return path.parent.parent.name.removeprefix("models--").replace("--", "/", 1)
-        return path.name
+        return origin(self.plan.base).get("repo") or Path(self.plan.base).name
 
 
 def read_runs(folders: list[Path]) -> list[Run]:
@@ -92,7 +88,7 @@ def _read_run(folder: Path, name: str) -> Run:
     return Run(
         name=name,
         plan=None if plan is None else Plan.read(plan),
-        verdict=None if verdict is None else _verdict(verdict),
+        verdict=None if verdict is None else Verdict.read(verdict),
         reports=reports,
         items={column: _items(items_path(path)) for column, path in found.items() if items_path(path).is_file()},
         losses=_losses(folder),
@@ -101,10 +97,6 @@ def _read_run(folder: Path, name: str) -> Run:
         recipe=None if recipe is None else recipe.read_text(encoding="utf-8"),
         lineages={column: read_lineage(folder / column) for column in complete},
     )  # fmt: skip
-
-
-def _verdict(path: Path) -> Verdict:
-    return Verdict.from_dict(read_json(path, "a verdict written by `hybridize gate`"), str(path))
 
 
 def _bench(path: Path) -> dict[str, Any]:
