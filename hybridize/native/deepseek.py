@@ -19,6 +19,7 @@ from torch import Tensor
 from hybridize.families import family_of, head_dim
 from hybridize.mixers.mla import LATENT_EPS, MLA
 from hybridize.native.target import Made, Specs, Target, carried, each_layer
+from hybridize.vllm_plugin.verdict import LATENTS
 
 FACTOR = 2
 """By which the YaRN that carries the scale pretends to lengthen the context; its logarithm is all that counts."""
@@ -80,6 +81,9 @@ class DeepseekV3(Target):
             return False, f"reads a rotary embedding of type {kind} as DeepSeek's YaRN, which is another"
         if engine == "llama.cpp" and len(mixers) not in LITE:
             return False, f"takes queries without a rank in models of {' or '.join(map(str, LITE))} layers alone"
+        if engine == "vLLM" and rank + rope not in LATENTS:
+            widths = ", ".join(map(str, LATENTS))
+            return False, f"keeps latents of {widths} numbers a token alone, kv_rank and rope_dim make {rank + rope}"
         said = [self.served[engine]]
         if engine == "vLLM" and (rank, rope) != FAST:
             said.append(f"with its Triton kernels: the fast ones take kv_rank {FAST[0]} with rope_dim {FAST[1]} alone")
