@@ -1,4 +1,6 @@
+import functools
 import io
+import json
 import logging
 from types import SimpleNamespace
 
@@ -13,10 +15,21 @@ from hybridize.checkpoint import open_base, open_checkpoint
 from hybridize.conversions import convert, plan
 from hybridize.core import GateResult, Metric, Report, Verdict
 from hybridize.fingerprint import weights_hash
+from hybridize.hub import bundle
 from tests.hub.server import LoopbackHub
 from tests.tiny import tiny_base
 
 TOKEN = "hf_" + "CanaryOfTheTests" * 2
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _pictures_once():
+    """Each picture is drawn once in a session, as drawing takes longer than all the rest of a push."""
+    before = bundle.layer_map
+    kept = functools.cache(lambda words: before(*json.loads(words)))
+    bundle.layer_map = lambda *arguments: kept(json.dumps(arguments))
+    yield
+    bundle.layer_map = before
 
 
 @pytest.fixture
