@@ -127,7 +127,7 @@ def skeleton(config: Any) -> dict[str, tuple[int, ...]]:
     return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
 
 
-def _read_tensors(path: Path) -> tuple[dict[str, TensorInfo], list[tuple[str, bytes]]]:
+def stored_tensors(path: Path) -> tuple[dict[str, TensorInfo], list[tuple[str, bytes]]]:
     """Every tensor of the directory and (file, header bytes) of each shard."""
     single, index = os.path.lexists(path / WEIGHTS), os.path.lexists(path / INDEX)
     if single and index:
@@ -196,7 +196,7 @@ def open_checkpoint(path: Path | str) -> Checkpoint:
     """
     path = Path(path)
     found, config_bytes = _describe(path)
-    tensors, headers = _read_tensors(path)
+    tensors, headers = stored_tensors(path)
     ignored = _compare(path, tensors, found.shapes, bool(found.config.tie_word_embeddings))
     if found.config.dtype is None:
         found.config.dtype = tensors["model.norm.weight"].dtype
@@ -283,6 +283,12 @@ def companions(path: Path) -> tuple[str, ...]:
     """The files of a directory that go along with its weights. Raises CheckpointError for a link that leads out of it."""
     names = sorted(name for name in os.listdir(path) if name in COMPANIONS or name.upper().startswith(LICENCES))
     return tuple(name for name in names if inside(path, name).is_file())
+
+
+def copy_companions(source: Path, folder: Path) -> None:
+    """Copy `companions(source)` into `folder`."""
+    for name in companions(source):
+        write_bytes(folder / name, read_small(inside(source, name), limit=1 << 30))
 
 
 def save_checkpoint(model: Any, tokenizer_dir: Path | str, staging: Staging, lineage: dict[str, Any]) -> None:
@@ -378,13 +384,14 @@ def finish_directory(
     source: Path,
     lineage: dict[str, Any],
 ) -> None:
-    """What follows the weights: index, config, companions, manifest, lineage; then all is read back and checked."""
+    """What follows the weights: index, config, a hybrid's code, companions, manifest, lineage; then all is read back."""
     folder = staging.folder
     if len(shards) > 1:
         write_json(folder / INDEX, index_of(shards))
     write_text(folder / "config.json", config.to_json_string())
-    for name in companions(source):
-        write_bytes(folder / name, read_small(inside(source, name), limit=1 << 30))
+    if config.model_type.startswith("hybrid_"):
+        config.write_code(folder)
+    copy_companions(source, folder)
     write_manifest(folder, records)
     write_lineage(folder, lineage)
     found = open_checkpoint(folder)

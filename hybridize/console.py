@@ -81,6 +81,18 @@ class Screen:
             self.close()
             self.out.print(scrub(text), markup=False)
 
+    def write(self, piece: str) -> None:
+        """A piece of a text that is being made, as it comes, unless JSON was asked for."""
+        if not self.as_json:
+            self.close()
+            print(piece, end="", flush=True)
+
+    def note(self, text: str) -> None:
+        """A line beside the result, on stderr."""
+        if not self.as_json and not self.quiet:
+            self.close()
+            print(text, file=sys.stderr, flush=True)
+
     def table(self, rows: list[list[str]], title: str = "") -> None:
         """Rows of text, the heading first; numbers to the right."""
         if self.as_json or self.quiet or not rows:

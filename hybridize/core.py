@@ -172,8 +172,8 @@ class Plan:
     """Bytes that each further token adds to the cache, over what it adds to the base's; states of fixed size count nothing."""
     base_state_bytes: dict[str, int]
     """The base's cache bytes of one sequence, by context length."""
-    native: dict[str, str] = field(default_factory=dict)
-    """{"target": native class or "none", "reason": ...}."""
+    native: dict[str, Any] = field(default_factory=dict)
+    """{"target": native class or "none", "reason": ..., "engines": {engine: {"target", "reason"}}}."""
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)

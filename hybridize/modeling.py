@@ -25,6 +25,7 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2ForCausalLM, Qwen2Mode
 from transformers.models.qwen3.configuration_qwen3 import Qwen3Config
 from transformers.models.qwen3.modeling_qwen3 import Qwen3ForCausalLM, Qwen3Model
 
+from hybridize.config import HybridConfigMixin, wrong_class
 from hybridize.errors import ConfigError
 from hybridize.mixers import MIXERS
 from hybridize.mixers.attention import Attention
@@ -59,6 +60,9 @@ class HybridModelMixin:
     """Over a family's decoder: swaps the mixers in and hands them what a 4-D mask cannot tell."""
 
     def __init__(self, config: Any):
+        if not isinstance(config, self.config_class):
+            raise wrong_class(config.model_type, self.config_class.model_type)
+        config.check_made_for()
         super().__init__(config)
         self.mixer_options = mixer_options(config)
         for index, options in enumerate(self.mixer_options):
@@ -157,28 +161,28 @@ class HybridCausalMixin:
             module.reset_own_parameters(init)
 
 
-class HybridLlamaConfig(LlamaConfig):
+class HybridLlamaConfig(HybridConfigMixin, LlamaConfig):
     """Llama's config and `mixers`, one {"name": ..., **options} a layer."""
 
     model_type = "hybrid_llama"
     mixers: list | None = None
 
 
-class HybridMistralConfig(MistralConfig):
+class HybridMistralConfig(HybridConfigMixin, MistralConfig):
     """Mistral's config and `mixers`, one {"name": ..., **options} a layer."""
 
     model_type = "hybrid_mistral"
     mixers: list | None = None
 
 
-class HybridQwen2Config(Qwen2Config):
+class HybridQwen2Config(HybridConfigMixin, Qwen2Config):
     """Qwen2's config and `mixers`, one {"name": ..., **options} a layer."""
 
     model_type = "hybrid_qwen2"
     mixers: list | None = None
 
 
-class HybridQwen3Config(Qwen3Config):
+class HybridQwen3Config(HybridConfigMixin, Qwen3Config):
     """Qwen3's config and `mixers`, one {"name": ..., **options} a layer."""
 
     model_type = "hybrid_qwen3"
@@ -248,17 +252,20 @@ HYBRIDS = {
     "qwen3": (HybridQwen3Config, HybridQwen3Model, HybridQwen3ForCausalLM),
 }
 
-for _config, _decoder, _causal in HYBRIDS.values():
-    AutoConfig.register(_config.model_type, _config)
-    AutoModel.register(_config, _decoder)
-    AutoModelForCausalLM.register(_config, _causal)
+
+def register() -> None:
+    """Make these classes known to transformers' Auto classes, which then prefer them to code that lies beside weights."""
+    for config, decoder, causal in HYBRIDS.values():
+        AutoConfig.register(config.model_type, config)
+        AutoModel.register(config, decoder)
+        AutoModelForCausalLM.register(config, causal)
 
 
 def hybrid_config(base_config: Any, mixers: list[dict[str, Any]]) -> Any:
     """The hybrid config of a base config: every field carried over, `mixers` added, class and model_type our own."""
     config_class, _, causal_class = HYBRIDS[base_config.model_type.removeprefix("hybrid_")]
     fields = base_config.to_dict()
-    for name in ("model_type", "transformers_version", "auto_map", "_name_or_path", "mixers"):
+    for name in ("model_type", "transformers_version", "auto_map", "_name_or_path", "mixers", "made_for_sha256"):
         fields.pop(name, None)
     fields["architectures"] = [causal_class.__name__]
     return config_class(**fields, mixers=[dict(spec) for spec in mixers])

@@ -27,7 +27,10 @@ SIZES = {
 
 
 def read_config(path: Path) -> tuple[dict[str, Any], bytes]:
-    """The mapping in config.json and its bytes. Refuses code from the repository and quantised weights."""
+    """The mapping in config.json and its bytes. Refuses quantised weights, and code from the repository other than our own.
+
+    Our own is let through as the name of classes that this package has; nothing in the repository is run.
+    """
     if not path.is_dir():
         raise CheckpointError(f"{path}: no such folder; expected a Hugging Face checkpoint directory")
     data = read_small(inside(path, "config.json"))
@@ -36,17 +39,36 @@ def read_config(path: Path) -> tuple[dict[str, Any], bytes]:
     where = f"{path / 'config.json'}"
     if not isinstance(raw, dict):
         raise CheckpointError(f"{where}: got a {type(raw).__name__}, expected a mapping")
-    if "auto_map" in raw:
-        raise CheckpointError(
-            f"{where}: has auto_map: the model runs code from its repository, which is refused. "
-            "Use a checkpoint of a class that transformers has"
-        )
+    _check_code(raw, where)
     for key in ("quantization_config", "compression_config"):
         if raw.get(key) is not None:
             raise CheckpointError(
                 f"{where}: has {key}: quantised weights cannot be converted. Use the checkpoint in bf16, fp16 or fp32"
             )
     return raw, data
+
+
+def _check_code(raw: dict[str, Any], where: str) -> None:
+    """Refuse a map of classes that is not that of our class for the model_type, and a hybrid that calls itself its base."""
+    own = {config.model_type: config.own_auto_map() for config, _, _ in HYBRIDS.values()}
+    said = raw.get("model_type")
+    if said in list(FAMILIES) and (marks := sorted({"mixers", "made_for_sha256"} & raw.keys())):
+        raise CheckpointError(
+            f"{where}: model_type is {said!r}, but {marks[0]} says that the weights are a hybrid's; expected 'hybrid_{said}'. "
+            "Restore config.json or convert again"
+        )
+    if "auto_map" not in raw:
+        return
+    if said not in list(own):
+        raise CheckpointError(
+            f"{where}: has auto_map: the model runs code from its repository, which is refused. "
+            "Use a checkpoint of a class that transformers has"
+        )
+    if raw["auto_map"] != own[said]:
+        raise CheckpointError(
+            f"{where}: auto_map is {raw['auto_map']!r}, expected that of {said}, {own[said]!r}. "
+            "Restore config.json or convert again"
+        )
 
 
 def read_small(path: Path, limit: int = 64 << 20) -> bytes:
@@ -97,7 +119,8 @@ def build_config(raw: dict[str, Any], where: str) -> Any:
     try:
         config = type(AutoConfig.for_model(model_type)).from_dict(raw)
     except (StrictDataclassError, ConfigError, ValueError, TypeError, KeyError) as error:
-        raise CheckpointError(f"{where}: cannot be used: {' '.join(str(error).split())}") from error
+        said = " ".join(str(error).split()).removeprefix("config.json: ")
+        raise CheckpointError(f"{where}: cannot be used: {said}") from error
     if config.hidden_act not in ACT2FN:
         raise CheckpointError(f"{where}: hidden_act is {config.hidden_act!r}, expected an activation of transformers")
     rope = (config.rope_parameters or {}).get("rope_type", "default")

@@ -307,6 +307,6 @@ def test_hybrid_as_base(single, tmp_path):
     convert(plan(open_base(single), SECTION, "test", 0), tmp_path / "out")
     with pytest.raises(CheckpointError, match="is a hybrid already"):
         open_base(tmp_path / "out")
-    edit_json(tmp_path / "out" / "config.json", mixers=[{"name": "streaming"}])
+    edit_json(tmp_path / "out" / "config.json", mixers=[{"name": "streaming"}], made_for_sha256=None)
     with pytest.raises(CheckpointError, match="mixers has 1 entries, expected num_hidden_layers = 3"):
         open_base(tmp_path / "out")

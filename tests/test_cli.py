@@ -313,6 +313,7 @@ def test_help_names_every_verb(capsys):
         "report",
         "run",
         "generate",
+        "chat",
         "demo",
         "push",
     ):

@@ -1,4 +1,4 @@
-"""The verbs that make something: info, plan, convert, distill, teach, run, demo, generate."""
+"""The verbs that make something: info, plan, convert, distill, teach, run, demo."""
 
 import dataclasses
 import os
@@ -35,10 +35,10 @@ def info(checkpoint: Annotated[str, typer.Argument(metavar="DIR", help="Director
     Family, layers, mixers, parameters, context, cache bytes at several lengths, and the native class that would fit.
     """
     from hybridize.checkpoint import describe
-    from hybridize.conversions.native import native_verdict
     from hybridize.eval.table import human_bytes
     from hybridize.hub import resolve_base
     from hybridize.modeling import state_bytes
+    from hybridize.native import native_verdict
 
     found = describe(resolve_base(checkpoint, weights=False))
     mixers = found.config.mixers if found.is_hybrid else [{"name": "attention"}] * found.config.num_hidden_layers
@@ -66,10 +66,10 @@ def info(checkpoint: Annotated[str, typer.Argument(metavar="DIR", help="Director
             ["parameters", f"{parameters:,}"],
             ["context", f"{value['context']:,} tokens (rope_type {value['rope']['rope_type']})"],
             *([f"state at {t} tokens", human_bytes(n)] for t, n in value["state_bytes"].items()),
-            ["native class", f"{value['native']['target']} ({value['native']['reason']})"],
         ],
         str(found.path),
     )  # fmt: skip
+    shared.show_engines(value["native"])
     shared.screen.result(value)
 
 
@@ -372,29 +372,3 @@ def demo(
 
     train, held_out = write_demo_text(out.with_name(out.name + ".text"))
     _run("demo-long" if long else "demo", [], "demo", str(train), out, str(held_out), resume)
-
-
-@cli.command()
-def generate(
-    checkpoint: DirArg,
-    prompt: Annotated[str, typer.Option(help="The text to go on from.")],
-    tokens: Annotated[int, typer.Option(help="New tokens.")] = 64,
-    sample: Annotated[bool, typer.Option("--sample", help="Sample instead of taking the likeliest token.")] = False,
-    seed: int = 0,
-) -> None:
-    """Go on with a prompt."""
-    import torch
-
-    from hybridize.checkpoint import load_model
-    from hybridize.hub import resolve_base
-    from hybridize.pipeline import load_tokenizer
-
-    folder = resolve_base(checkpoint)
-    model, tokenizer = load_model(folder), load_tokenizer(folder)
-    torch.manual_seed(seed)
-    inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    ids = model.generate(**inputs, max_new_tokens=tokens, do_sample=sample, pad_token_id=pad)
-    text = tokenizer.decode(ids[0], skip_special_tokens=True)
-    shared.screen.say(text)
-    shared.screen.result({"text": text, "tokens": ids[0].tolist()})

@@ -105,7 +105,16 @@ def show_plan(plan: Any) -> None:
     rows.append(["all / base", "", "", "", "", *(f"{total[t] / plan.base_state_bytes[t]:.2%}" for t in lengths)])
     screen.table(rows, f"{plan.recipe} on {plan.family}")
     screen.say(f"KV per token: {plan.kv_share:.2%} of the base's (recurrent states and windows aside, which do not grow)")
-    screen.say(f"native class: {plan.native['target']} ({plan.native['reason']})")
+    show_engines(plan.native)
+
+
+def show_engines(verdict: dict[str, Any]) -> None:
+    """Print the native class of a plan or checkpoint, and what each engine makes of it."""
+    screen.say(f"native class: {verdict['target']} ({verdict['reason']})")
+    if verdict["target"] != "none":
+        for engine, said in verdict["engines"].items():
+            runs = f"export --to {said['target']}: {said['reason']}" if said["target"] != "none" else f"no: {said['reason']}"
+            screen.say(f"  {engine}: {runs}")
 
 
 def show_verdict(verdict: Any) -> None:

@@ -204,7 +204,7 @@ def _write(
     workers: int,
 ) -> dict[str, dict[str, Any]]:
     """Write the pending shards, `workers` at a time; what is finished is noted in the journal at once."""
-    total = sum(shard.nbytes for shard in pending)
+    total = sum(tensor.nbytes for shard in pending for tensor in shard.tensors)
     lock = threading.Lock()
     stop = threading.Event()
     done = 0

@@ -24,6 +24,7 @@ class GDNFromGQA:
     """How a Gated DeltaNet or a Kimi delta attention layer is seeded."""
 
     method: Literal["calibrated", "copy"] = "calibrated"
+    """`calibrated` is solved on text. `copy`: the projections taken over, a slow decay (Fast-LLM)."""
 
     drops = frozenset()
 

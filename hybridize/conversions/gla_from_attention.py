@@ -30,6 +30,7 @@ class GLAFromAttention:
     """How a gated linear attention layer is seeded."""
 
     method: Literal["calibrated", "copy"] = "calibrated"
+    """`calibrated` is solved on text. `copy`: nothing is added (Liger)."""
 
     drops = frozenset()
 

@@ -26,6 +26,7 @@ class GMUFromGQA:
     """How a gated memory unit is seeded."""
 
     method: Literal["calibrated", "zero"] = "calibrated"
+    """`calibrated`: W_out solved on text behind an open gate. `zero`: adds nothing until training opens it."""
 
     @property
     def drops(self) -> frozenset[str]:

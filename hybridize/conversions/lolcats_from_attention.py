@@ -28,6 +28,7 @@ class LoLCATsFromAttention:
     """How a window + linear attention layer is seeded."""
 
     method: Literal["calibrated", "identity"] = "calibrated"
+    """`calibrated`: feature scales and gamma chosen on text. `identity`: F the identity, gamma 0.1 (LoLCATs)."""
 
     drops = frozenset()
 

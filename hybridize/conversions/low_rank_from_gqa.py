@@ -35,6 +35,7 @@ class LowRankFromGQA:
     """How low-rank keys and values are found."""
 
     method: Literal["calibrated", "palu", "svd"] = "calibrated"
+    """`svd` of the weights; `palu`: whitened by text; `calibrated`: keys weighted by queries too, o_proj solved."""
 
     drops = frozenset()
     from_scores = staticmethod(low_rank_scores.from_scores)

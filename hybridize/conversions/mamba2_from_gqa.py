@@ -28,6 +28,7 @@ class Mamba2FromGQA:
     """How a Mamba2 layer is seeded."""
 
     method: Literal["calibrated", "mimetic", "mamba_in_llama"] = "calibrated"
+    """`calibrated` is solved on text; `mamba_in_llama` and `mimetic` (mmMamba) are published and need none."""
 
     drops = frozenset()
 

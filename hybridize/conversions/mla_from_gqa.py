@@ -31,6 +31,7 @@ class MLAFromGQA:
     """How a latent attention layer is seeded."""
 
     method: Literal["transmla", "svd", "partial_rope"] = "transmla"
+    """`transmla` on text; `svd` (X-EcoMLA) and `partial_rope` (MHA2MLA) as published."""
     freq_fold: int | Literal["search"] = "search"
     """transmla: adjacent frequencies treated as one; a divisor of head_dim / 2. `search` doubles it while that helps a layer."""
     weigh: Literal["output", "activations"] = "output"

@@ -21,6 +21,7 @@ class NHAFromGQA:
     """How a layer of native hybrid attention is seeded."""
 
     method: Literal["calibrated", "copy"] = "calibrated"
+    """`calibrated` is solved on text. `copy`: W_g is W_k, as published."""
 
     drops = frozenset()
 

@@ -7,7 +7,6 @@ from typing import Any
 import torch
 
 from hybridize.checkpoint import Described
-from hybridize.conversions.native import native_verdict
 from hybridize.conversions.ranks import is_request
 from hybridize.conversions.table import CONVERSIONS
 from hybridize.core import LayerPlan, Plan, Scores
@@ -16,6 +15,7 @@ from hybridize.families import FAMILIES
 from hybridize.lineage import origin
 from hybridize.mixers import MIXERS
 from hybridize.mixers.memory import check_reads
+from hybridize.native import native_verdict
 from hybridize.registry import make, suggest
 
 log = logging.getLogger(__name__)

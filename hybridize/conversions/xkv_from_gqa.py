@@ -47,6 +47,7 @@ class XKVFromGQA:
     """How keys and values shared by adjacent layers are found."""
 
     method: Literal["calibrated", "xkv"] = "calibrated"
+    """`calibrated`: weighted, and o_proj solved. `xkv`: the published choices. Both read text."""
 
     drops = frozenset()
     calibrated = True

@@ -28,6 +28,7 @@ class Dpo(PostTraining):
 
     lr: float = 5e-7
     beta: float = 0.1
+    """How strongly answers are held to the reference (Rafailov et al., arXiv 2305.18290)."""
     label_smoothing: float = 0.0
     """Share of pairs that are taken to be labelled the wrong way round, below a half."""
     length_normalised: bool = False

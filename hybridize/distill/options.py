@@ -35,9 +35,11 @@ class StageOptions:
     accumulate: int = 1
     """How many times `rows` make a step."""
     lr: float = 1e-4
+    """Highest rate of AdamW."""
     warmup: float = 0.02
     """Share of the steps over which the rate rises from nothing."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """How the rate falls behind the warm-up."""
     decay: float | None = None
     """Share of the steps, the last ones, over which the rate falls; None is all after the warm-up."""
     final_ratio: float = 0.1
@@ -45,11 +47,13 @@ class StageOptions:
     weight_decay: float = 0.0
     """On matrices only: never on decays, biases, norms and convolutions, whatever their shape."""
     betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
+    """AdamW's."""
     clip: float | None = 1.0
     """Longest gradient that is not shortened."""
     dtype: Literal["fp32", "bf16"] = "fp32"
     """bf16 runs under autocast; what is trained stays in fp32."""
     gradient_checkpointing: bool = False
+    """Run each layer once more in the backward pass instead of keeping what it made."""
     train: list[str] | None = None
     """Globs over the names of the parameters that may be trained; each must match one. None is all that the stage can
     train, or nothing beside the adapters where `lora` is given."""

@@ -254,7 +254,7 @@ OTHER_EPS = {**MAMBA, "norm_eps": 1e-3}
     ("family", "section", "target", "reason"),
     [
         ("llama", {"keep": "all"}, "llama", "every layer is kept"),
-        ("qwen3", {"keep": "all"}, "qwen3", "every layer is kept"),
+        ("qwen3", {"keep": "all"}, "qwen3", "own class"),
         ("llama", {"keep": {"every": 3}, "mixer": MAMBA}, "granitemoehybrid", ""),
         ("mistral", {"keep": {"every": 3}, "mixer": MAMBA}, "granitemoehybrid", ""),
         ("qwen2", {"keep": {"every": 3}, "mixer": MAMBA}, "granitemoehybrid", ""),

@@ -14,6 +14,7 @@ class CrossEntropy:
     """Next-token cross-entropy from final hidden states; the teacher has no part in it."""
 
     weight: float = 1.0
+    """What it is multiplied by in the sum of the stage."""
     chunk_tokens: int = 256
     """Tokens whose logits exist at once."""
 

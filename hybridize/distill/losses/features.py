@@ -18,9 +18,11 @@ class Features:
     """
 
     weight: float = 1.0
+    """What it is multiplied by in the sum of the stage."""
     layers: list[int] | Literal["converted", "all"] = "converted"
     """Indices from 0, or `converted` (those without the base's attention), or `all`."""
     norm: StateNorm = "mse"
+    """Of a token: `mse` its mean square, `l2` the root of that (RADLADS), `full_l2` the root of the sum (MOHAWK)."""
     relative: bool = True
     """Measure each token against the teacher's own state there, whose size differs between layers and tokens."""
 

@@ -17,6 +17,7 @@ class GateSparsity:
     """
 
     weight: float = 0.05
+    """What it is multiplied by in the sum of the stage."""
 
     needs = frozenset({"gates"})
 

@@ -15,7 +15,9 @@ class HiddenState:
     """
 
     weight: float = 1.0
+    """What it is multiplied by in the sum of the stage."""
     norm: StateNorm = "mse"
+    """Of a token: `mse` its mean square, `l2` the root of that (RADLADS), `full_l2` the root of the sum (MOHAWK)."""
     relative: bool = True
     """Measure against what the teacher's layer adds; False is the plain distance of the published stages."""
 

@@ -20,6 +20,7 @@ class JSD(LogitLoss):
     """
 
     beta: float = 0.5
+    """Weight of the teacher's distribution in the mixture; in the limits 0 and 1 it is one of the two directions of KL."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

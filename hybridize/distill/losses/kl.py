@@ -15,6 +15,7 @@ class LogitLoss:
     """Options of every loss that compares next-token distributions; tau^2 keeps the gradient's size at any tau."""
 
     weight: float = 1.0
+    """What it is multiplied by in the sum of the stage."""
     temperature: float = 1.0
     """tau, which divides both sides' logits."""
     chunk_tokens: int = 256

@@ -17,7 +17,9 @@ class MixerOutput:
     """
 
     weight: float = 1.0
+    """What it is multiplied by in the sum of the stage."""
     norm: StateNorm = "mse"
+    """Of a token: `mse` its mean square, `l2` the root of that (RADLADS), `full_l2` the root of the sum (MOHAWK)."""
     at: Literal["output", "context"] = "output"
     """`context`: what the last projection (o_proj, out_proj) reads, [B, T, H * d], so that the projection has no part in it."""
     relative: bool = True

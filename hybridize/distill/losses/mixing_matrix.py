@@ -18,6 +18,7 @@ class MixingMatrix:
     """
 
     weight: float = 1.0
+    """What it is multiplied by in the sum of the stage."""
     norm: Literal["frobenius", "squared"] = "frobenius"
     """`frobenius`: the published ||M - A||_F of each row of text and head. `squared`: |M_t - A_t|^2, mean per token and head."""
 

@@ -23,7 +23,9 @@ class Relations:
     """
 
     weight: float = 1.0
+    """What it is multiplied by in the sum of the stage."""
     relations: list[Literal["query", "key", "value", "query_key"]] = field(default_factory=lambda: ["query", "key", "value"])
+    """Which of them are compared."""
     relation_heads: int | None = None
     """All heads' channels side by side, divided anew among so many; None keeps the query heads."""
 

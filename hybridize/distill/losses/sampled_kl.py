@@ -30,6 +30,7 @@ class SampledKL(LogitLoss):
     power: float = 1.0
     """Of the teacher's distribution to draw from; below 1 draws more of its tail."""
     seed: int = 0
+    """Of the draws, which are a hash of it and the text."""
 
     needs = frozenset({"hidden", "head", "ids"})
 

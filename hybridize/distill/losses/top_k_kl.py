@@ -22,6 +22,7 @@ class TopKKL(LogitLoss):
     """
 
     k: int = 128
+    """The likeliest tokens that count one by one; the others count together."""
 
     of_teacher = (LogitLoss.needs, frozenset({"top_k"}))
 

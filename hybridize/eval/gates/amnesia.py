@@ -28,6 +28,7 @@ class Amnesia:
     """
 
     min: float = 0.9
+    """Share of the recall before that has to be left, at the lower bound."""
     max_nats: float = 0.1
     """Nats of each answer token."""
     metrics: list[str] = field(default_factory=lambda: list(RECALL))

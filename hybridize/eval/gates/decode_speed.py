@@ -20,6 +20,7 @@ class DecodeSpeed:
     """
 
     min: float
+    """Tokens a second over the base's."""
     context: int | None = None
     """Tokens in the cache; None is the longest in the report."""
     confidence: float = 0.95

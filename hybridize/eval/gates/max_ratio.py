@@ -16,6 +16,7 @@ class MaxRatio:
     metric: str
     """Name in the report; without its @N, the largest N that report and baseline share."""
     max: float
+    """The largest value over the baseline's."""
 
     rule: ClassVar[tuple[str, ...]] = ("metric", "max")
     compares: ClassVar[bool] = True

@@ -20,6 +20,7 @@ class MaxRise:
     metric: str
     """Name in the report; without its @N, the largest N that both have; "nll_at@*" is every one that both have."""
     max: float
+    """The largest mean of (score - baseline's score)."""
     confidence: float = 0.95
     """One-sided."""
 

@@ -14,6 +14,7 @@ class MaxValue:
     metric: str
     """Name in the report; without its @N, the largest N there is."""
     max: float
+    """The largest value."""
 
     rule: ClassVar[tuple[str, ...]] = ("metric", "max")
     compares: ClassVar[bool] = False

@@ -14,6 +14,7 @@ class MinValue:
     metric: str
     """Name in the report; without its @N, the largest N there is."""
     min: float
+    """The least value."""
 
     rule: ClassVar[tuple[str, ...]] = ("metric", "min")
     compares: ClassVar[bool] = False

@@ -27,6 +27,7 @@ class Recovery:
     metrics: list[str] = field(default_factory=list)
     """Names of metrics, such as "arc_easy/acc" or "recall@8"; "needle@*" is at every length that both have."""
     min: float
+    """Share of what the baseline has above chance."""
     confidence: float = 0.95
     """One-sided."""
     chance: float | dict[str, float] = 0.0

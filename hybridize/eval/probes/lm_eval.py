@@ -46,6 +46,7 @@ class LmEval:
     num_fewshot: int | None = None
     """None is what each task says."""
     batch_size: int = 8
+    """Requests that go through the model at once."""
 
     divides: ClassVar[bool] = True
     """Several processes share its documents."""

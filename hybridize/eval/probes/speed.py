@@ -16,6 +16,7 @@ class Speed:
     contexts: list[int] = field(default_factory=lambda: [1024, 8192])
     """Tokens in the cache when decoding begins."""
     batch: int = 1
+    """Sequences at once."""
     new_tokens: int = 16
     """Decode steps in a round."""
     repeats: int = 5
