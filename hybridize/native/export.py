@@ -26,6 +26,7 @@ from hybridize.checkpoint import (
 )  # fmt: skip
 from hybridize.core import digest
 from hybridize.errors import CheckpointError, ConfigError
+from hybridize.fingerprint import weights_hash
 from hybridize.lineage import is_complete, read_lineage, verify_files, versions, write_lineage, write_manifest
 from hybridize.native import choose, target
 from hybridize.native.proof import PADDED, Proof, prove, refused
@@ -113,6 +114,8 @@ def export(
                         out, name, padding)  # fmt: skip
         write_manifest(staging.folder, records)
         approximate = {"approximate": reason} if reason else {}
+        # What a verdict on the hybrid names its weights by, so that it can be told to be about this export.
+        lineage["of"]["weights"] = weights_hash(found)
         write_lineage(staging.folder, {**lineage, **approximate, "proof": [vars(found) for found in proof]})
         staging.finish()
     return job.summary(out, resumed, proof)

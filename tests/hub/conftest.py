@@ -91,9 +91,9 @@ def base(tmp_path_factory):
     return path
 
 
-def make_hybrid(base, out, keep=1):
+def make_hybrid(base, out, keep=1, sink_tokens=2):
     """A hybrid of windows beside attention, as the command line writes it."""
-    section = {"keep": {"layers": [keep]}, "mixer": {"name": "streaming", "sink_tokens": 2, "window_tokens": 6}}
+    section = {"keep": {"layers": [keep]}, "mixer": {"name": "streaming", "sink_tokens": sink_tokens, "window_tokens": 6}}
     convert(plan(open_base(base), section, "streaming", 0), out, base_path=base)
     return out
 

@@ -5,16 +5,18 @@ import json
 import shutil
 
 import pytest
+import torch
 import yaml
 from huggingface_hub import ModelCard
 from transformers import AutoModelForCausalLM
 
-from hybridize.checkpoint import open_checkpoint
+from hybridize.checkpoint import load_model, open_checkpoint
 from hybridize.core import Scores
 from hybridize.errors import CheckpointError, ConfigError, GateFailedError
 from hybridize.hub import Evidence, Statement, bundle_document, bundle_model, push, resolve_base
 from hybridize.hub.layer_map import layer_map
 from hybridize.lineage import read_lineage
+from hybridize.native.export import export
 from hybridize.storage import write_json
 from tests.hub.conftest import TOKEN, judged, make_hybrid
 
@@ -222,6 +224,24 @@ def test_an_export_is_judged_by_its_hybrid(hybrid, tmp_path):
     write_json(export / "lineage.json", {**record, "of": {}})
     with pytest.raises(GateFailedError, match="is of other weights"):
         bundle_model(export, REPO, Evidence(**verdict), SAID)
+
+
+@pytest.mark.slow
+def test_a_real_export_goes_out_and_loads_as_its_class(hub, base, tmp_path):
+    hybrid = make_hybrid(base, tmp_path / "h", keep=1, sink_tokens=0)
+    summary = export(hybrid, "auto", tmp_path / "n")
+    push(bundle_model(tmp_path / "n", "me/native", Evidence(**judged(hybrid)), SAID))
+    card = main(hub, "me/native")["README.md"].decode()
+    assert "`vllm serve me/native`" in card
+    assert "Export's logits against the hybrid's" in card
+    assert "layers.png" in card
+    folder = resolve_base("me/native")
+    found = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True)
+    assert not found.config.model_type.startswith("hybrid_")
+    ids = torch.arange(3, 40)[None]
+    with torch.no_grad():
+        assert torch.allclose(found(ids).logits, load_model(hybrid)(ids).logits, atol=1e-5)
+    assert summary.proof
 
 
 def test_the_card_says_it_all_and_the_hub_can_read_it(hybrid):
