@@ -28,12 +28,13 @@ def export(
     `hybridize info DIR` says which classes fit, and which engines serve them.
     """
     from hybridize.checkpoint import open_checkpoint
+    from hybridize.hub import resolve_base
     from hybridize.native import native_verdict
     from hybridize.native.export import export as run_export
 
-    found = open_checkpoint(checkpoint)
+    found = open_checkpoint(resolve_base(checkpoint))
     texts = {} if dry_run else _texts(found, data)
-    summary = run_export(checkpoint, to, out, resume, dry_run, allow_approximate, texts, shared.screen.progress)
+    summary = run_export(found.path, to, out, resume, dry_run, allow_approximate, texts, shared.screen.progress)
     rows = [["compared on", "tokens", "largest logit difference", "logits' rms", "KL, nats", "same top-1"]]
     for proof in summary.proof:
         rows.append([proof.text, f"{proof.tokens:,}", f"{proof.max_difference:.2e}", f"{proof.logit_rms:.3g}",

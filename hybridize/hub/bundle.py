@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from hybridize.checkpoint import open_checkpoint
+from hybridize.checkpoint import Checkpoint, open_checkpoint
 from hybridize.core import Plan, Report, Verdict, digest
 from hybridize.errors import CheckpointError, ConfigError, GateFailedError
 from hybridize.fingerprint import weights_hash
@@ -136,9 +136,11 @@ def bundle_model(folder: Path, repo: str, evidence: Evidence, said: Statement) -
         raise CheckpointError(f"{folder}: has no lineage.json, expected a hybrid or export of hybridize that is complete")
     lineage = read_lineage(folder)
     hashes = _verified(folder, lineage)
-    export = lineage.get("verb") == "export"
-    hybrid = lineage["of"].get("lineage") or {} if export else lineage
-    _check_evidence(folder, evidence, _weights(folder, lineage, hashes), lineage)
+    of = lineage.get("of") or {}
+    found = None if lineage.get("verb") == "export" else _opened(folder)
+    hybrid = lineage if found is not None else of.get("lineage") or {}
+    # What a verdict names these weights by; an export's is its hybrid's.
+    _check_evidence(folder, evidence, of.get("weights") if found is None else weights_hash(found, hashes), lineage)
     base = _local_base(lineage["base"])
     is_demo = base is not None and base.resolve() == demo_model().resolve()
     texts = licence_files(base) | licence_files(folder)
@@ -157,13 +159,13 @@ def bundle_model(folder: Path, repo: str, evidence: Evidence, said: Statement) -
         lineage=published(hybrid or lineage), verdict=evidence.verdict, report=evidence.report, baseline=evidence.baseline,
         recipe=None if evidence.recipe is None else yaml.safe_dump(published(yaml.safe_load(evidence.recipe)), sort_keys=False),
         teachers=tuple(teacher["name"] for teacher in _other_teachers(hybrid)), data_licence=said.data_licence,
-        **_shape(folder, lineage, hybrid, export),
+        **_shape(folder, lineage, hybrid, found),
     )  # fmt: skip
     text = card(facts)
     files = _files(folder, lineage, is_demo, texts, facts, evidence, text)
     check_secrets(files)
     left = sorted(set(os.listdir(folder)) - {file.name for file in files})
-    what = f"{name} as a hybrid" if not export else f"{name} as a hybrid, stored as {lineage.get('target')}"
+    what = f"{name} as a hybrid" if found is not None else f"{name} as a hybrid, stored as {lineage.get('target')}"
     return Bundle(repo=repo, files=files, card=text, left_out=tuple(left), what=what)
 
 
@@ -194,14 +196,11 @@ def _verified(folder: Path, lineage: dict[str, Any]) -> dict[str, str]:
     return dict(lineage["files"])
 
 
-def _weights(folder: Path, lineage: dict[str, Any], hashes: dict[str, str]) -> str | None:
-    """The hash that a verdict names these weights by; an export's is its hybrid's. None where an export does not know it."""
-    if lineage.get("verb") == "export":
-        return lineage.get("of", {}).get("weights")
+def _opened(folder: Path) -> Checkpoint:
     found = open_checkpoint(folder)
     if not found.is_hybrid:
         raise CheckpointError(f"{folder}: is a {found.config.model_type}, not a hybrid; there is nothing of ours to publish")
-    return weights_hash(found, hashes)
+    return found
 
 
 def _check_evidence(folder: Path, evidence: Evidence, weights: str | None, lineage: dict[str, Any]) -> None:
@@ -308,10 +307,10 @@ def _check_terms(
     return terms
 
 
-def _shape(folder: Path, lineage: dict[str, Any], hybrid: dict[str, Any], export: bool) -> dict[str, Any]:
-    """What the card says of layers and memory."""
+def _shape(folder: Path, lineage: dict[str, Any], hybrid: dict[str, Any], found: Checkpoint | None) -> dict[str, Any]:
+    """What the card says of layers and memory: a hybrid's by its config, an export's by its hybrid's plan."""
     plan = plan_of(hybrid, str(folder / LINEAGE))
-    if export:
+    if found is None:
         raw = parse_json(read_small(inside(folder, "config.json")), str(folder / "config.json"))
         states = {} if plan is None else {t: (_planned(plan, t), plan.base_state_bytes[str(t)]) for t in LENGTHS}
         mixers = [] if plan is None else [layer.mixer for layer in plan.layers]
@@ -320,7 +319,6 @@ def _shape(folder: Path, lineage: dict[str, Any], hybrid: dict[str, Any], export
         return {"family": family, "mixers": mixers, "plan": plan, "state_bytes": states, "layer_bytes": layers,
                 "native": raw["model_type"], "proof": tuple(lineage.get("proof") or ()),
                 "approximate": lineage.get("approximate")}  # fmt: skip
-    found = open_checkpoint(folder)
     kept = hybrid_config(found.config, [{"name": "attention"}] * len(found.config.mixers))
     states = {t: (state_bytes(found.config, t), state_bytes(kept, t)) for t in LENGTHS}
     layers = tuple(options.state_bytes(found.config, PICTURE_TOKENS) for options in mixer_options(found.config))

@@ -1,4 +1,6 @@
+import functools
 import io
+import json
 import logging
 from types import SimpleNamespace
 
@@ -13,10 +15,21 @@ from hybridize.checkpoint import open_base, open_checkpoint
 from hybridize.conversions import convert, plan
 from hybridize.core import GateResult, Metric, Report, Verdict
 from hybridize.fingerprint import weights_hash
+from hybridize.hub import bundle
 from tests.hub.server import LoopbackHub
 from tests.tiny import tiny_base
 
 TOKEN = "hf_" + "CanaryOfTheTests" * 2
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _pictures_once():
+    """Each picture is drawn once in a session, as drawing takes longer than all the rest of a push."""
+    before = bundle.layer_map
+    kept = functools.cache(lambda words: before(*json.loads(words)))
+    bundle.layer_map = lambda *arguments: kept(json.dumps(arguments))
+    yield
+    bundle.layer_map = before
 
 
 @pytest.fixture
@@ -78,9 +91,9 @@ def base(tmp_path_factory):
     return path
 
 
-def make_hybrid(base, out, keep=1):
+def make_hybrid(base, out, keep=1, sink_tokens=2):
     """A hybrid of windows beside attention, as the command line writes it."""
-    section = {"keep": {"layers": [keep]}, "mixer": {"name": "streaming", "sink_tokens": 2, "window_tokens": 6}}
+    section = {"keep": {"layers": [keep]}, "mixer": {"name": "streaming", "sink_tokens": sink_tokens, "window_tokens": 6}}
     convert(plan(open_base(base), section, "streaming", 0), out, base_path=base)
     return out
 

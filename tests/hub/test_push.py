@@ -5,15 +5,18 @@ import json
 import shutil
 
 import pytest
+import torch
 import yaml
 from huggingface_hub import ModelCard
 from transformers import AutoModelForCausalLM
 
-from hybridize.checkpoint import open_checkpoint
+from hybridize.checkpoint import load_model, open_checkpoint
 from hybridize.core import Scores
 from hybridize.errors import CheckpointError, ConfigError, GateFailedError
 from hybridize.hub import Evidence, Statement, bundle_document, bundle_model, push, resolve_base
+from hybridize.hub.layer_map import layer_map
 from hybridize.lineage import read_lineage
+from hybridize.native.export import export
 from hybridize.storage import write_json
 from tests.hub.conftest import TOKEN, judged, make_hybrid
 
@@ -72,6 +75,7 @@ def test_a_push_that_was_cut_shows_nothing_and_goes_on(hub, bundle):
     assert set(main(hub)) == {".gitattributes", *(file.name for file in bundle.files)}
 
 
+@pytest.mark.slow
 def test_an_earlier_push_leaves_nothing_that_would_be_loaded(hub, bundle, base, tmp_path):
     push(bundle)
     hub.repos[REPO].commit("main", {**main(hub), "model-00001-of-00002.safetensors": b"old", "notes.md": b"mine"})
@@ -95,6 +99,7 @@ def test_places_that_would_surprise_are_refused(hub, bundle):
     assert "model.safetensors" in hub.repos["me/third"].files("try")
 
 
+@pytest.mark.slow
 def test_another_writer_in_between_is_seen(hub, hybrid, bundle):
     push(bundle)
     changed = bundled(hybrid, said=dataclasses.replace(SAID, data_licence="CC0"))
@@ -123,16 +128,18 @@ def test_another_writer_in_between_is_seen(hub, hybrid, bundle):
     ("method", "path", "status", "headers", "message"),
     [
         ("POST", "/repos/create", 401, {}, "the Hub does not know the token"),
-        ("POST", "/repos/create", 403, {}, "the token may not write there"),
-        ("POST", "/repos/create", 500, {}, "has trouble of its own"),
         ("POST", "/preupload/", 403, {}, "Take one with write access to me"),
-        ("POST", "/preupload/", 404, {"X_Error_Code": "RepoNotFound"}, "no such repository"),
         ("POST", "/preupload/", 429, {"RateLimit": '"api";r=0;t=37'}, "Wait 37 s"),
-        ("POST", "/batch", 429, {"Retry_After": "12"}, "Wait 12 s"),
-        ("PUT", "/lfs/", 500, {}, "has trouble of its own"),
         ("POST", "/commit/", 409, {}, "another change came in between"),
-        ("POST", "/commit/", 400, {}, "refused by the Hub"),
         ("GET", "/api/models/", 503, {}, "has trouble of its own"),
+        *(pytest.param(*row, marks=pytest.mark.slow) for row in (
+            ("POST", "/repos/create", 403, {}, "the token may not write there"),
+            ("POST", "/repos/create", 500, {}, "has trouble of its own"),
+            ("POST", "/preupload/", 404, {"X_Error_Code": "RepoNotFound"}, "no such repository"),
+            ("POST", "/batch", 429, {"Retry_After": "12"}, "Wait 12 s"),
+            ("PUT", "/lfs/", 500, {}, "has trouble of its own"),
+            ("POST", "/commit/", 400, {}, "refused by the Hub"),
+        )),
     ],
 )  # fmt: skip
 def test_what_the_hub_answers_is_one_line(hub, bundle, method, path, status, headers, message):
@@ -219,6 +226,24 @@ def test_an_export_is_judged_by_its_hybrid(hybrid, tmp_path):
         bundle_model(export, REPO, Evidence(**verdict), SAID)
 
 
+@pytest.mark.slow
+def test_a_real_export_goes_out_and_loads_as_its_class(hub, base, tmp_path):
+    hybrid = make_hybrid(base, tmp_path / "h", keep=1, sink_tokens=0)
+    summary = export(hybrid, "auto", tmp_path / "n")
+    push(bundle_model(tmp_path / "n", "me/native", Evidence(**judged(hybrid)), SAID))
+    card = main(hub, "me/native")["README.md"].decode()
+    assert "`vllm serve me/native`" in card
+    assert "Export's logits against the hybrid's" in card
+    assert "layers.png" in card
+    folder = resolve_base("me/native")
+    found = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True)
+    assert not found.config.model_type.startswith("hybrid_")
+    ids = torch.arange(3, 40)[None]
+    with torch.no_grad():
+        assert torch.allclose(found(ids).logits, load_model(hybrid)(ids).logits, atol=1e-5)
+    assert summary.proof
+
+
 def test_the_card_says_it_all_and_the_hub_can_read_it(hybrid):
     bundle = bundled(hybrid, said=dataclasses.replace(SAID, data_licence="CC0-1.0"))
     data = ModelCard(bundle.card).data
@@ -235,7 +260,10 @@ def test_the_card_says_it_all_and_the_hub_can_read_it(hybrid):
                  "import hybridize", "![Mixer and cache", "name: streaming",
                  "[LICENSE](LICENSE)"):  # fmt: skip
         assert part in bundle.card, part
-    assert files["layers.png"] == {file.name: file.source for file in bundled(hybrid).files}["layers.png"]
+    # Drawn again it is the same to the byte.
+    spec = [{"name": "streaming"}, {"name": "attention"}, {"name": "streaming"}]
+    assert files["layers.png"].startswith(b"\x89PNG")
+    assert layer_map(spec, [5, 9, 5], 9, 32768) == layer_map(spec, [5, 9, 5], 9, 32768) != layer_map(spec, [5, 9, 6], 9, 32768)
 
 
 def test_nothing_of_this_machine_is_published(hybrid, base):
