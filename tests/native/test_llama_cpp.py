@@ -32,7 +32,8 @@ from llama_cpp import Llama
 path, out, rows = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
 tokens = len(rows[0])
 # fp32 keys and values: its fp16 cache is 1e-3 off whatever the model.
-model = Llama(path, n_ctx=tokens, n_batch=tokens, n_ubatch=tokens, logits_all=True, n_threads=1, type_k=0, type_v=0, verbose=False)
+sizes = dict.fromkeys(("n_ctx", "n_batch", "n_ubatch"), tokens)
+model = Llama(path, **sizes, logits_all=True, n_threads=1, type_k=0, type_v=0, verbose=False)
 found = []
 for row in rows:
     model.reset()
