@@ -21,7 +21,7 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM
 from hybridize.companions import companions, copy_companions
 from hybridize.errors import CheckpointError, ConfigError
 from hybridize.families import NATIVE_TYPES
-from hybridize.lineage import write_lineage, write_manifest
+from hybridize.lineage import is_complete, write_lineage, write_manifest
 from hybridize.modeling import FP32_PARAMETERS
 from hybridize.shards import (
     Planned,
@@ -210,7 +210,8 @@ def open_checkpoint(path: Path | str) -> Checkpoint:
 def _describe(path: Path) -> tuple[Described, bytes]:
     """What config.json says, its dtype left None where it names none; and the bytes of config.json."""
     raw, data = read_config(path)
-    config = build_config(raw, str(path / "config.json"))
+    # Such a class as others publish it is no base; the lineage beside it says that it is ours.
+    config = build_config(raw, str(path / "config.json"), exported=is_complete(path))
     try:
         shapes = skeleton(config)
     except ConfigError as error:
@@ -270,7 +271,8 @@ def load_model(path: Path | str, dtype: torch.dtype | None = None, config: Any =
     found = open_checkpoint(path)
     used = found.config if config is None else copy.deepcopy(config)
     # A class with learnt sinks has no fused attention.
-    attention = "sdpa" if MODEL_FOR_CAUSAL_LM_MAPPING[type(used)]._supports_sdpa else "eager"
+    kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(used)]
+    attention = "sdpa" if kind._supports_sdpa else "eager"
     loaded: Any = AutoModelForCausalLM.from_pretrained(
         found.path, config=used, dtype=dtype or found.dtype, attn_implementation=attention, local_files_only=True,
         use_safetensors=True, trust_remote_code=False, output_loading_info=True,

@@ -98,11 +98,17 @@ def inside(folder: Path, name: str) -> Path:
     return path
 
 
-def build_config(raw: dict[str, Any], where: str) -> Any:
-    """The config object, checked as far as building the architecture needs it."""
+def build_config(raw: dict[str, Any], where: str, exported: bool = False) -> Any:
+    """The config object, checked as far as building the architecture needs it.
+
+    Args:
+        raw: config.json.
+        where: its place, for messages.
+        exported: whether it may be a class that hybrids are exported to.
+    """
     kinds = [*FAMILIES, *(classes[0].model_type for classes in HYBRIDS.values())]
     model_type = raw.get("model_type")
-    if not isinstance(model_type, str) or model_type not in [*kinds, *NATIVE_TYPES]:
+    if not isinstance(model_type, str) or model_type not in [*kinds, *(NATIVE_TYPES if exported else ())]:
         raise CheckpointError(f"{where}: model_type is {model_type!r}, expected one of {', '.join(kinds)}")
     try:
         json.dumps(raw, allow_nan=False)

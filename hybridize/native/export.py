@@ -230,6 +230,7 @@ def _lineage(job: Job) -> dict[str, Any]:
     before = read_lineage(found.path) if is_complete(found.path) else {}
     lineage = {
         "verb": "export", "target": job.name, "base": before.get("base", {"name": found.path.name, "hash": found.hash}),
-        "of": {"name": Path(os.path.abspath(found.path)).name, "hash": found.hash, "weights": weights_hash(found), "lineage": before},
+        "of": {"name": Path(os.path.abspath(found.path)).name, "hash": found.hash, "weights": weights_hash(found),
+               "lineage": before},
     }  # fmt: skip
     return {**lineage, "identity": digest({"lineage": lineage, "versions": versions()})}
