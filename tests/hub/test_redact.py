@@ -10,7 +10,7 @@ from hybridize.hub.published import published, published_lineage
 from hybridize.redact import holds_secret, known_secrets, scrub, scrubbed_logs
 
 KEYS = ["hf_" + "aB3" * 11, "ghp_" + "x1" * 18, "sk-proj-" + "Ab1" * 14, "AKIA" + "ABCD" * 4, "glpat-" + "a1" * 10,
-        "-----BEGIN RSA PRIVATE KEY-----", "eyJhbGciOiJI.eyJzdWIiOiIx.c2lnbmF0dXJl"]  # fmt: skip
+        "-----BEGIN RSA PRIVATE KEY-----", "eyJhbGciOiJIUzI1.eyJzdWIiOiIxMjM0.c2lnbmF0dXJlMTIz"]  # fmt: skip
 
 
 @pytest.mark.parametrize("key", KEYS)
@@ -68,7 +68,7 @@ def test_folders_of_this_machine_become_names(monkeypatch, tmp_path):
         "a": ["/home/x/model", cached, "~/data/t.txt", "C:\\Users\\x\\m", "a/b", 3],
         "/data/t.txt": f"in {tmp_path}/work/x.txt",
     }
-    assert published(value) == {"a": ["model", "org/name", "t.txt", "m", "a/b", 3], "t.txt": "in work/x.txt"}
+    assert published(value) == {"a": ["model", "org/name", "t.txt", "m", "a/b", 3], "t.txt": "in w/x.txt"}
     lineage = {"base": {"location": "/opt/hybridize/demo/model"}}
     assert published_lineage(lineage, True)["base"]["location"] == "demo"
     assert lineage["base"]["location"].startswith("/opt")
