@@ -16,9 +16,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM
 
+from hybridize.companions import companions, copy_companions
 from hybridize.errors import CheckpointError, ConfigError
+from hybridize.families import NATIVE_TYPES
 from hybridize.lineage import write_lineage, write_manifest
 from hybridize.modeling import FP32_PARAMETERS
 from hybridize.shards import (
@@ -36,7 +38,7 @@ from hybridize.shards import (
     tensor_bytes,
     write_shard,
 )
-from hybridize.storage import Staging, require_space, write_bytes, write_json, write_text
+from hybridize.storage import Staging, require_space, write_json, write_text
 from hybridize.untrusted import FLOATS, build_config, inside, read_config, read_small
 
 log = logging.getLogger(__name__)
@@ -44,13 +46,6 @@ log = logging.getLogger(__name__)
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
-
-# What goes along with the weights: tokenizer, generation settings, and the licence, which has to.
-COMPANIONS = {
-    "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json",
-    "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json", "generation_config.json",
-}  # fmt: skip
-LICENCES = ("LICENSE", "LICENCE", "NOTICE", "USE_POLICY", "COPYING")
 
 # Tensors that packed formats (GPTQ, AWQ, bitsandbytes, compressed-tensors, fp8) add beside or instead of `weight`.
 PACKED = ("qweight", "qzeros", "scales", "g_idx", "weight_packed", "weight_scale", "weight_scale_inv", "absmax", "SCB")
@@ -78,6 +73,11 @@ class Described:
     @property
     def is_hybrid(self) -> bool:
         return self.config.model_type.startswith("hybrid_")
+
+    @property
+    def is_native(self) -> bool:
+        """Whether it is of a class that hybrids are exported to: it loads and runs, and nothing converts it."""
+        return self.family in NATIVE_TYPES
 
     @property
     def dtype(self) -> torch.dtype:
@@ -251,8 +251,9 @@ def describe_base(path: Path | str) -> Described:
 
 
 def _refuse_hybrid(base: Described) -> None:
-    if base.is_hybrid:
-        raise CheckpointError(f"{base.path}: is a hybrid already ({base.config.model_type}). Give the base it came from")
+    if base.is_hybrid or base.is_native:
+        kind = "a hybrid already" if base.is_hybrid else "an export of a hybrid"
+        raise CheckpointError(f"{base.path}: is {kind} ({base.config.model_type}). Give the base it came from")
 
 
 def load_model(path: Path | str, dtype: torch.dtype | None = None, config: Any = None) -> Any:
@@ -268,8 +269,10 @@ def load_model(path: Path | str, dtype: torch.dtype | None = None, config: Any =
     """
     found = open_checkpoint(path)
     used = found.config if config is None else copy.deepcopy(config)
+    # A class with learnt sinks has no fused attention.
+    attention = "sdpa" if MODEL_FOR_CAUSAL_LM_MAPPING[type(used)]._supports_sdpa else "eager"
     loaded: Any = AutoModelForCausalLM.from_pretrained(
-        found.path, config=used, dtype=dtype or found.dtype, attn_implementation="sdpa", local_files_only=True,
+        found.path, config=used, dtype=dtype or found.dtype, attn_implementation=attention, local_files_only=True,
         use_safetensors=True, trust_remote_code=False, output_loading_info=True,
     )  # fmt: skip
     model, info = loaded
@@ -277,18 +280,6 @@ def load_model(path: Path | str, dtype: torch.dtype | None = None, config: Any =
         if names := sorted(str(name) for name in set(info[key]) - set(found.ignored)):
             raise CheckpointError(f"{path}: transformers reports {key}: {', '.join(names[:5])}; expected none")
     return model.eval()
-
-
-def companions(path: Path) -> tuple[str, ...]:
-    """The files of a directory that go along with its weights. Raises CheckpointError for a link that leads out of it."""
-    names = sorted(name for name in os.listdir(path) if name in COMPANIONS or name.upper().startswith(LICENCES))
-    return tuple(name for name in names if inside(path, name).is_file())
-
-
-def copy_companions(source: Path, folder: Path) -> None:
-    """Copy `companions(source)` into `folder`."""
-    for name in companions(source):
-        write_bytes(folder / name, read_small(inside(source, name), limit=1 << 30))
 
 
 def save_checkpoint(model: Any, tokenizer_dir: Path | str, staging: Staging, lineage: dict[str, Any]) -> None:

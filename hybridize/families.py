@@ -58,6 +58,9 @@ FAMILIES = {
     "qwen3": Family(model_type="qwen3", prefix="Qwen3", qkv_bias=None, qk_norm=True),
 }
 
+# model_types of the classes that a hybrid may be exported to and that are no family.
+NATIVE_TYPES = ("ministral", "granite_swa", "granitemoehybrid", "bamba", "qwen3_5_text", "deepseek_v3")
+
 
 def family_of(config: Any) -> Family:
     """The family of a base or hybrid config. Raises ConfigError for an unsupported architecture."""

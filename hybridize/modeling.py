@@ -27,6 +27,7 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3ForCausalLM, Qwen3Mode
 
 from hybridize.config import HybridConfigMixin, wrong_class
 from hybridize.errors import ConfigError
+from hybridize.families import NATIVE_TYPES
 from hybridize.mixers import MIXERS
 from hybridize.mixers.attention import Attention
 from hybridize.mixers.memory import Memories, check_reads, read_layers
@@ -51,6 +52,8 @@ def mixer_options(config: Any) -> list[Any]:
 
 def state_bytes(config: Any, tokens: int) -> int:
     """Cache bytes of one sequence after `tokens` tokens, over all layers of a base's or a hybrid's config, in its dtype."""
+    if config.model_type in NATIVE_TYPES:
+        raise ConfigError(f"state bytes of a {config.model_type} are those of the hybrid that it was exported from; ask of that")
     if not config.model_type.startswith("hybrid_"):
         return config.num_hidden_layers * Attention().state_bytes(config, tokens)
     return sum(options.state_bytes(config, tokens) for options in mixer_options(config))

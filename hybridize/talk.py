@@ -5,6 +5,7 @@ ids begin with exactly the ids it holds. Whatever else the chat template does wi
 """
 
 import copy
+import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -25,6 +26,8 @@ from hybridize.mixers.attention import Attention
 Write = Callable[[str], None]
 # What a decoder shows for bytes that are not yet a whole character.
 INCOMPLETE = "\ufffd"
+# A token of one byte, for what a vocabulary has no word for. A row of them is decoded as a whole: one wrong byte changes all.
+BYTE = re.compile("<0x[0-9A-F]{2}>")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +68,7 @@ class Pieces(BaseStreamer):
     def __init__(self, tokenizer: Any, write: Write, continues: bool = False):
         self.tokenizer, self.write, self.continues = tokenizer, write, continues
         self.ids: list[int] = []
+        self.special = set(tokenizer.all_special_ids)
         self.written = ""
         self.prompt: int | None = None
         # Tokens from `start` to before `shown` are written; they are decoded again for what follows them.
@@ -78,6 +82,10 @@ class Pieces(BaseStreamer):
         if self.prompt is None:
             self.prompt = self.shown = len(self.ids)
             self.start = 0 if self.continues else self.prompt
+            return
+        last = self.ids[-1]
+        # A special token is left out, so that bytes on both its sides are one row.
+        if last in self.special or BYTE.fullmatch(str(self.tokenizer.convert_ids_to_tokens(last))):
             return
         before, now = self._text(self.shown), self._text(len(self.ids))
         if len(now) > len(before) and not now.endswith(INCOMPLETE):

@@ -12,7 +12,7 @@ from transformers.activations import ACT2FN
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from hybridize.errors import CheckpointError, ConfigError
-from hybridize.families import FAMILIES
+from hybridize.families import FAMILIES, NATIVE_TYPES
 from hybridize.modeling import HYBRIDS
 from hybridize.shards import open_regular, parse_json
 
@@ -102,7 +102,7 @@ def build_config(raw: dict[str, Any], where: str) -> Any:
     """The config object, checked as far as building the architecture needs it."""
     kinds = [*FAMILIES, *(classes[0].model_type for classes in HYBRIDS.values())]
     model_type = raw.get("model_type")
-    if not isinstance(model_type, str) or model_type not in kinds:
+    if not isinstance(model_type, str) or model_type not in [*kinds, *NATIVE_TYPES]:
         raise CheckpointError(f"{where}: model_type is {model_type!r}, expected one of {', '.join(kinds)}")
     try:
         json.dumps(raw, allow_nan=False)
@@ -133,7 +133,7 @@ def build_config(raw: dict[str, Any], where: str) -> Any:
             f"expected a multiple of num_key_value_heads = {config.num_key_value_heads}"
         )
     kinds_of_layers = set(getattr(config, "layer_types", None) or []) - {"full_attention"}
-    if getattr(config, "sliding_window", None) is not None or kinds_of_layers:
+    if model_type not in NATIVE_TYPES and (getattr(config, "sliding_window", None) is not None or kinds_of_layers):
         raise CheckpointError(
             f"{where}: sliding_window is {getattr(config, 'sliding_window', None)}: bases whose own attention is "
             "windowed are not supported. Use one without (sliding_window null, use_sliding_window false)"

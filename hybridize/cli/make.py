@@ -41,6 +41,9 @@ def info(checkpoint: Annotated[str, typer.Argument(metavar="DIR", help="Director
     from hybridize.native import native_verdict
 
     found = describe(resolve_base(checkpoint, weights=False))
+    if found.is_native:
+        _exported(found)
+        return
     mixers = found.config.mixers if found.is_hybrid else [{"name": "attention"}] * found.config.num_hidden_layers
     parameters = 0
     for shape in found.shapes.values():
@@ -70,6 +73,26 @@ def info(checkpoint: Annotated[str, typer.Argument(metavar="DIR", help="Director
         str(found.path),
     )  # fmt: skip
     shared.show_engines(value["native"])
+    shared.screen.result(value)
+
+
+def _exported(found: Any) -> None:
+    """What a native export says of itself, and its lineage of the hybrid."""
+    from hybridize.lineage import read_lineage
+
+    lineage = read_lineage(found.path)
+    worst = max((proof["max_difference"] for proof in lineage["proof"] if proof["text"] != "left-padded"), default=None)
+    value = {
+        "path": str(found.path), "family": found.family, "hybrid": False, "dtype": str(found.dtype).removeprefix("torch."),
+        "layers": found.config.num_hidden_layers, "exported_from": lineage["of"]["name"], "base": lineage["base"].get("name"),
+        "largest_logit_difference": worst, "approximate": lineage.get("approximate"),
+    }  # fmt: skip
+    shared.screen.table(
+        [["", ""], *([name.replace("_", " "), str(said)] for name, said in list(value.items())[1:])], str(found.path)
+    )
+    shared.screen.say(
+        f"a class of transformers: it needs no hybridize. What its cache costs: hybridize info {lineage['of']['name']}"
+    )
     shared.screen.result(value)
 
 

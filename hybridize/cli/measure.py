@@ -106,7 +106,8 @@ def eval_(
         probes = [{"name": "perplexity"}]
     against = resolve_base(base) if base is not None else None
     if against is None:
-        against = base_of(folder) if open_checkpoint(folder).is_hybrid else folder
+        found = open_checkpoint(folder)
+        against = base_of(folder) if found.is_hybrid or found.is_native else folder
     # A report of what the Hub has says so, and not where this machine's cache lies.
     known = origin(folder)
     name = f"{known['repo']}@{known['revision']}" if known else None

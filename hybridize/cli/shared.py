@@ -111,10 +111,9 @@ def show_plan(plan: Any) -> None:
 def show_engines(verdict: dict[str, Any]) -> None:
     """Print the native class of a plan or checkpoint, and what each engine makes of it."""
     screen.say(f"native class: {verdict['target']} ({verdict['reason']})")
-    if verdict["target"] != "none":
-        for engine, said in verdict["engines"].items():
-            runs = f"export --to {said['target']}: {said['reason']}" if said["target"] != "none" else f"no: {said['reason']}"
-            screen.say(f"  {engine}: {runs}")
+    way = {"none": "no", "itself": "as it is"}
+    for engine, said in verdict["engines"].items():
+        screen.say(f"  {engine}: {way.get(said['target'], 'export --to ' + said['target'])}: {said['reason']}")
 
 
 def show_verdict(verdict: Any) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from hybridize.checkpoint import LICENCES
+from hybridize.companions import LICENCES
 from hybridize.errors import ConfigError
 from hybridize.untrusted import inside, read_small
 

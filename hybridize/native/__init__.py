@@ -5,6 +5,7 @@ from typing import Any
 from hybridize.errors import ConfigError
 from hybridize.native.target import ENGINES, Specs, Target
 from hybridize.registry import Registry
+from hybridize.vllm_plugin.verdict import obstacle as plugin_obstacle
 
 # In the order in which `auto` prefers them.
 TARGETS = Registry(
@@ -74,16 +75,27 @@ def native_verdict(config: Any, mixers: Specs, only: str | None = None) -> dict[
 
     Returns:
         {"target": model_type of the native class or "none", "reason": one sentence,
-        "engines": {engine: {"target": what to export to or "none", "reason": how it is run, or why not}}}.
+        "engines": {engine: {"target": what to export to, "itself" where the hybrid runs as it is, or "none",
+        "reason": how it is run, or why not}}}.
     """
     fits = fitting(config, mixers) if only is None else [only]
     if not fits:
         reason = f"{obstacle(config, mixers)}; the hybrid loads through this package"
-        none = {"target": "none", "reason": obstacle(config, mixers)}
-        return {"target": "none", "reason": reason, "engines": {engine: dict(none) for engine in ENGINES}}
+        return {"target": "none", "reason": reason, "engines": {e: _itself(e, config, mixers) for e in ENGINES}}
     return {
         "target": fits[0], "reason": target(fits[0]).about, "engines": {e: _engine(e, fits, config, mixers) for e in ENGINES},
     }  # fmt: skip
+
+
+def _itself(engine: str, config: Any, mixers: Specs) -> dict[str, str]:
+    """What an engine makes of a hybrid that has no native class."""
+    if engine == "transformers":
+        return {"target": "itself", "reason": "after `import hybridize`, or with the code beside it (trust_remote_code=True)"}
+    if engine == "vLLM":
+        if (reason := plugin_obstacle(config, mixers)) is None:
+            return {"target": "itself", "reason": "with the plugin of hybridize[vllm]"}
+        return {"target": "none", "reason": reason}
+    return {"target": "none", "reason": obstacle(config, mixers)}
 
 
 def _engine(engine: str, fits: list[str], config: Any, mixers: Specs) -> dict[str, str]:
@@ -93,6 +105,8 @@ def _engine(engine: str, fits: list[str], config: Any, mixers: Specs) -> dict[st
             return {"target": name, "reason": how}
     # A class that the engine has says more than one that it lacks.
     has = [how for name, _, how in said if engine in target(name).served]
+    if engine == "vLLM" and plugin_obstacle(config, mixers) is None:
+        return _itself(engine, config, mixers)
     return {"target": "none", "reason": [*has, said[0][2]][0]}
 
 

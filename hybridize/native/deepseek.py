@@ -19,6 +19,7 @@ from torch import Tensor
 from hybridize.families import family_of, head_dim
 from hybridize.mixers.mla import LATENT_EPS, MLA
 from hybridize.native.target import Made, Specs, Target, carried, each_layer
+from hybridize.vllm_plugin.verdict import LATENTS
 
 FACTOR = 2
 """By which the YaRN that carries the scale pretends to lengthen the context; its logarithm is all that counts."""
@@ -26,8 +27,6 @@ FAST = (512, 64)
 """Latent and rotary width of DeepSeek's own models."""
 ANY_WIDTH = ("default", "linear", "llama3")
 """Rotary embeddings that treat each frequency by itself, so that every second one is the same function."""
-LITE = (26, 27)
-"""Layers of models for which llama.cpp expects queries without a rank."""
 
 
 def sizes(config: Any, mixers: Specs) -> tuple[int, int]:
@@ -46,7 +45,7 @@ class DeepseekV3(Target):
     model_type, architecture = "deepseek_v3", "DeepseekV3ForCausalLM"
     about = "latent attention under its names in every layer"
     mixers = frozenset({"mla"})
-    served = {"transformers": architecture, "vLLM": architecture, "SGLang": architecture, "llama.cpp": "as deepseek2"}
+    served = {"transformers": architecture, "vLLM": architecture, "SGLang": architecture}
 
     def obstacle(self, config: Any, mixers: Specs) -> str | None:
         family, first = family_of(config), mixers[0]
@@ -78,8 +77,12 @@ class DeepseekV3(Target):
             return super().engine(engine, config, mixers)
         if (kind := rope_type(config)) != "default":
             return False, f"reads a rotary embedding of type {kind} as DeepSeek's YaRN, which is another"
-        if engine == "llama.cpp" and len(mixers) not in LITE:
-            return False, f"takes queries without a rank in models of {' or '.join(map(str, LITE))} layers alone"
+        if engine == "llama.cpp":
+            # With 27 layers and two experts named it loads, and computes other logits (tried, 0.3.36).
+            return False, "its deepseek2 asserts experts, and takes queries without a rank in models of 26 or 27 layers alone"
+        if engine == "vLLM" and rank + rope not in LATENTS:
+            widths = ", ".join(map(str, LATENTS))
+            return False, f"keeps latents of {widths} numbers a token alone, kv_rank and rope_dim make {rank + rope}"
         said = [self.served[engine]]
         if engine == "vLLM" and (rank, rope) != FAST:
             said.append(f"with its Triton kernels: the fast ones take kv_rank {FAST[0]} with rope_dim {FAST[1]} alone")

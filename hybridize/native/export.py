@@ -18,12 +18,12 @@ from hybridize.checkpoint import (
     INDEX,
     TIED,
     Checkpoint,
-    copy_companions,
     group_of,
     is_finite,
     open_checkpoint,
     skeleton,
 )  # fmt: skip
+from hybridize.companions import copy_companions
 from hybridize.core import digest
 from hybridize.errors import CheckpointError, ConfigError
 from hybridize.fingerprint import weights_hash
@@ -230,6 +230,6 @@ def _lineage(job: Job) -> dict[str, Any]:
     before = read_lineage(found.path) if is_complete(found.path) else {}
     lineage = {
         "verb": "export", "target": job.name, "base": before.get("base", {"name": found.path.name, "hash": found.hash}),
-        "of": {"name": Path(os.path.abspath(found.path)).name, "hash": found.hash, "lineage": before},
+        "of": {"name": Path(os.path.abspath(found.path)).name, "hash": found.hash, "weights": weights_hash(found), "lineage": before},
     }  # fmt: skip
     return {**lineage, "identity": digest({"lineage": lineage, "versions": versions()})}

@@ -29,7 +29,12 @@ class Qwen35(Target):
     model_type, architecture = "qwen3_5_text", "Qwen3_5ForCausalLM"
     about = "attention with its gate at 1/2 and Gated DeltaNet under its names"
     mixers = frozenset({"gdn"})
-    served = {"transformers": architecture, "vLLM": architecture, "SGLang": architecture, "llama.cpp": "as qwen35"}
+    served = {
+        "transformers": architecture,
+        "vLLM": architecture,
+        "SGLang": architecture,
+        "llama.cpp": "as qwen35, converted with --no-nextn",
+    }
     by_interval = ("SGLang", "llama.cpp")
     """Engines that go by full_attention_interval alone: every n-th layer is attention, counted from the first, the n-th."""
 

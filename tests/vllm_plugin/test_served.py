@@ -100,7 +100,7 @@ def test_angles_are_transformers_own(vllm, kind):
 @pytest.mark.parametrize(
     "case",
     [
-        {"family": "qwen3", "mixers": ["attention", "mamba2", WINDOW], "dtype": "float32"},
+        {"family": "qwen3", "mixers": ["attention", "mamba2", WINDOW], "dtype": "float32", "head_dim": 32},
         {"family": "qwen2", "mixers": [{"name": "mamba2", "heads": "expanded"}, "mamba2"], "dtype": "float32"},
         {"family": "qwen3", "mixers": [{"name": "mla", "kv_rank": 512, "rope_dim": 64}] * 2, "dtype": "float32",
          "num_attention_heads": 8, "num_key_value_heads": 8, "head_dim": 64},
