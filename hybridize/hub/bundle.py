@@ -31,6 +31,7 @@ from hybridize.hub.licences import (
 from hybridize.hub.published import published, published_lineage
 from hybridize.lineage import LINEAGE, is_complete, read_lineage
 from hybridize.modeling import hybrid_config, mixer_options, state_bytes
+from hybridize.native import native_verdict, target
 from hybridize.redact import holds_secret, known_secrets, scrub
 from hybridize.shards import parse_json, read_header
 from hybridize.storage import file_sha256, to_json
@@ -317,12 +318,16 @@ def _shape(folder: Path, lineage: dict[str, Any], hybrid: dict[str, Any], found:
         family = raw["model_type"] if plan is None else plan.family
         layers = () if plan is None else tuple(layer.state_bytes[str(PICTURE_TOKENS)] for layer in plan.layers)
         return {"family": family, "mixers": mixers, "plan": plan, "state_bytes": states, "layer_bytes": layers,
-                "native": raw["model_type"], "proof": tuple(lineage.get("proof") or ()),
+                "native": raw["model_type"], "engines": target(str(lineage.get("target"))).served,
+                "proof": tuple(lineage.get("proof") or ()),
                 "approximate": lineage.get("approximate")}  # fmt: skip
     kept = hybrid_config(found.config, [{"name": "attention"}] * len(found.config.mixers))
     states = {t: (state_bytes(found.config, t), state_bytes(kept, t)) for t in LENGTHS}
     layers = tuple(options.state_bytes(found.config, PICTURE_TOKENS) for options in mixer_options(found.config))
+    verdict = native_verdict(found.config, found.config.mixers)
+    engines = {engine: said["reason"] for engine, said in verdict["engines"].items() if said["target"] != "none"}
     return {"family": found.family, "mixers": found.config.mixers, "plan": plan, "state_bytes": states, "layer_bytes": layers,
+            "could_be": None if verdict["target"] == "none" else verdict["target"], "engines": engines,
             "remote_code": "auto_map" in found.raw_config}  # fmt: skip
 
 

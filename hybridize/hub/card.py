@@ -48,6 +48,10 @@ class Facts:
     """At 32,768 tokens, by layer; there is a picture where it is known."""
     native: str | None = None
     """The class of an export."""
+    engines: dict[str, str]
+    """Engine -> how it runs an export's class; of a hybrid, that of the class it could be exported to, if any."""
+    could_be: str | None = None
+    """The class a hybrid could be exported to."""
     proof: tuple[dict[str, Any], ...] = ()
     """How far an export's logits are from the hybrid's."""
     approximate: str | None = None
@@ -213,7 +217,9 @@ def _use(facts: Facts) -> str:
     load = ["from transformers import AutoModelForCausalLM, AutoTokenizer", ""]
     if facts.native is not None:
         load.append(f'model = AutoModelForCausalLM.from_pretrained("{facts.repo}")')
-        serve = f"Serve it where the class `{facts.native}` is known, such as `vllm serve {facts.repo}`."
+        ways = [f"Serve it with `vllm serve {facts.repo}`." if "vLLM" in facts.engines else "vLLM does not have this class."]
+        ways += [f"- {engine}: {how}" for engine, how in facts.engines.items()]
+        serve = ways[0] + "\n\n" + "\n".join(ways[1:])
         before = ""
     else:
         before = "Its mixers are code of hybridize: `pip install hybridize`."
@@ -225,6 +231,11 @@ def _use(facts: Facts) -> str:
             f"Serve it with vLLM and hybridize's plugin: `pip install 'hybridize[vllm]'`, then `vllm serve {facts.repo}`. "
             f"`hybridize info {facts.repo}` says which engines run its mixers."
         )
+        if facts.could_be is not None:
+            serve += (
+                f" `hybridize export {facts.repo} --out DIR` stores it as transformers' own `{facts.could_be}`, which needs "
+                f"no code of ours and runs in {', '.join(facts.engines)}."
+            )
     load.append(f'tokenizer = AutoTokenizer.from_pretrained("{facts.repo}")')
     code = "\n".join(load)
     return "\n\n".join(part for part in ("## Use", before, f"```python\n{code}\n```", serve) if part)
@@ -260,8 +271,8 @@ def _making(facts: Facts) -> str:
         measured = {key: value for key, value in facts.report.versions.items() if key not in ("tokenizer",)}
         lines.append(f"- **Measured with:** {', '.join(f'{key} {value}' for key, value in sorted(measured.items()))}")
     for proof in facts.proof:
-        said = ", ".join(f"{key} {value}" for key, value in proof.items())
-        lines.append(f"- **Export's logits against the hybrid's:** {said}")
+        said = ", ".join(f"{key} {value:.3g}" for key, value in proof.items() if isinstance(value, (int, float)))
+        lines.append(f"- **Export's logits against the hybrid's, {proof.get('text', 'text')}:** {said}")
     text = lines[0] + "\n\n" + "\n".join(lines[1:])
     if facts.recipe is not None:
         text += f"\n\n<details><summary>Recipe</summary>\n\n```yaml\n{facts.recipe.rstrip()}\n```\n\n</details>"

@@ -233,7 +233,7 @@ def test_a_real_export_goes_out_and_loads_as_its_class(hub, base, tmp_path):
     push(bundle_model(tmp_path / "n", "me/native", Evidence(**judged(hybrid)), SAID))
     card = main(hub, "me/native")["README.md"].decode()
     assert "`vllm serve me/native`" in card
-    assert "Export's logits against the hybrid's" in card
+    assert "Export's logits against the hybrid's, random:** " in card
     assert "layers.png" in card
     folder = resolve_base("me/native")
     found = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True)
