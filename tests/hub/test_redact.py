@@ -68,7 +68,7 @@ def test_folders_of_this_machine_become_names(monkeypatch, tmp_path):
         "a": ["/home/x/model", cached, "~/data/t.txt", "C:\\Users\\x\\m", "a/b", 3],
         "/data/t.txt": f"in {tmp_path}/work/x.txt",
     }
-    assert published(value) == {"a": ["model", "org/name", "t.txt", "m", "a/b", 3], "t.txt": "in w/x.txt"}
+    assert published(value) == {"a": ["model", "org/name", "t.txt", "m", "a/b", 3], "t.txt": "in work/x.txt"}
     lineage = {"base": {"location": "/opt/hybridize/demo/model"}}
     assert published_lineage(lineage, True)["base"]["location"] == "demo"
     assert lineage["base"]["location"].startswith("/opt")
