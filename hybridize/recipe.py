@@ -61,6 +61,18 @@ class SizeSection(Section):
     """Key of the recipe, dotted as for --set -> its value."""
 
 
+class PushSection(Section):
+    """Where a run that passed its gates is published; the options of `hybridize push`."""
+
+    repo: str
+    """On the Hub: owner/name."""
+    public: bool = False
+    license: str | None = None
+    base_model: str | None = None
+    teacher_license: str | None = None
+    data_license: str | None = None
+
+
 class Recipe(Section):
     """One method, start to end."""
 
@@ -72,7 +84,7 @@ class Recipe(Section):
     distill: list[dict[str, Any]] = []
     evaluate: list[dict[str, Any]] = []
     gates: list[dict[str, Any]] = []
-    push: dict[str, Any] | None = None
+    push: PushSection | None = None
     sizes: list[SizeSection] = []
 
 

@@ -9,7 +9,7 @@ from types import TracebackType
 
 import typer
 
-from hybridize.cli import export, make, measure, publish, recipes, shared, speed, talk  # noqa: F401  each adds its commands
+from hybridize.cli import export, info, make, measure, publish, recipes, shared, speed, talk  # noqa: F401  each adds its commands
 from hybridize.cli.shared import cli
 from hybridize.console import Screen
 from hybridize.errors import HybridizeError, StoppedError

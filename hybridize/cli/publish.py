@@ -33,7 +33,6 @@ def push(
     it was cut, it sends nothing twice. The token is that of `hf auth login`, or HF_TOKEN.
     """
     from hybridize.hub import Evidence, Statement, bundle_document, bundle_model
-    from hybridize.hub import push as send
 
     if what.is_file():
         given = [report, baseline, verdict, run, license_, base_model, teacher_license, data_license]
@@ -55,12 +54,32 @@ def push(
         shared.screen.say(f"\n{bundle.card}" if bundle.card is not None else "no card: what is there keeps its own")
         shared.screen.result(result)
         return
+    shared.screen.result({**result, **_send(bundle, public, revision)})
+
+
+def publish_run(work: Path, section: Any) -> dict[str, Any]:
+    """Publish what a run made, as its recipe's `push` says; what `push --json` says of the sending.
+
+    Raises:
+        HybridizeError: as `push`.
+    """
+    from hybridize.hub import Evidence, Statement, bundle_model
+
+    folder, found = _documents(work, None, {"report": None, "baseline": None, "verdict": None})
+    said = Statement(licence=section.license, base_model=section.base_model, teacher_licence=section.teacher_license,
+                     data_licence=section.data_license)  # fmt: skip
+    return _send(bundle_model(folder, section.repo, Evidence(**found, waived=False), said), section.public, None)
+
+
+def _send(bundle: Any, public: bool, revision: str | None) -> dict[str, Any]:
+    from hybridize.hub import push as send
+
     done = send(bundle, public=public, revision=revision, progress=shared.screen.progress)
     for name in done.removed:
         shared.screen.say(f"removed {name}, of an earlier push")
     shared.screen.say(f"pushed to {done.url} ({'private' if done.private else 'public'}, {done.revision}, commit {done.commit})")
-    shared.screen.result({**result, "url": done.url, "commit": done.commit, "revision": done.revision, "private": done.private,
-                          "removed": list(done.removed)})  # fmt: skip
+    return {"url": done.url, "commit": done.commit, "revision": done.revision, "private": done.private,
+            "removed": list(done.removed)}  # fmt: skip
 
 
 def _documents(what: Path, run: Path | None, given: dict[str, Path | None]) -> tuple[Path, dict[str, Any]]:

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shutil
+import types
 
 import pytest
 import torch
@@ -11,7 +12,8 @@ from huggingface_hub import ModelCard
 from transformers import AutoModelForCausalLM
 
 from hybridize.checkpoint import load_model, open_checkpoint
-from hybridize.core import Scores
+from hybridize.cli import app
+from hybridize.core import Scores, Verdict
 from hybridize.errors import CheckpointError, ConfigError, GateFailedError
 from hybridize.hub import Evidence, Statement, bundle_document, bundle_model, push, resolve_base
 from hybridize.hub.layer_map import layer_map
@@ -319,3 +321,20 @@ def test_a_token_in_a_file_stops_it(hybrid, tmp_path, name):
     with pytest.raises(ConfigError, match=f"{name} .*holds what looks like a token") as caught:
         bundled(folder, **judged(folder))
     assert key not in str(caught.value)
+
+
+@pytest.mark.parametrize("passed", [True, False])
+def test_a_run_publishes_what_passed(passed, tmp_path, monkeypatch):
+    verdict = Verdict(passed=passed, gates=())
+    made = types.SimpleNamespace(table=lambda: [["a"]], html=tmp_path / "report.html", verdict=verdict)
+    told = []
+    monkeypatch.setattr("hybridize.pipeline.run", lambda *args, **options: made)
+    monkeypatch.setattr("hybridize.cli.make.publish_run", lambda work, section: told.append((work, section.repo, section.public)))
+    words = ["run", "demo", "--base", "demo", "--out", str(tmp_path / "w"), "--set", "push={repo: me/model, public: true}"]
+    assert app([*words, "--quiet"]) == (0 if passed else 1)
+    assert told == ([(tmp_path / "w", "me/model", True)] if passed else [])
+
+
+def test_a_recipes_push_knows_its_keys(capsys):
+    assert app(["recipes", "validate", "demo", "--set", "push={repos: me/model}"]) == 2
+    assert "push" in capsys.readouterr().err
