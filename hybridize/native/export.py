@@ -114,8 +114,6 @@ def export(
                         out, name, padding)  # fmt: skip
         write_manifest(staging.folder, records)
         approximate = {"approximate": reason} if reason else {}
-        # What a verdict on the hybrid names its weights by, so that it can be told to be about this export.
-        lineage["of"]["weights"] = weights_hash(found)
         write_lineage(staging.folder, {**lineage, **approximate, "proof": [vars(found) for found in proof]})
         staging.finish()
     return job.summary(out, resumed, proof)
