@@ -29,7 +29,7 @@ from hybridize.errors import CheckpointError, ConfigError
 from hybridize.fingerprint import weights_hash
 from hybridize.lineage import is_complete, read_lineage, verify_files, versions, write_lineage, write_manifest
 from hybridize.native import choose, target
-from hybridize.native.proof import PADDED, Proof, prove, refused
+from hybridize.native.proof import PADDED, Proof, prove, refused, sequence_tokens
 from hybridize.native.target import Made
 from hybridize.native.tokenizer import keep_tokenizer
 from hybridize.shards import Planned, index_of, new_buffer, plan_shards, stream_tensor, tensor_bytes, write_shard
@@ -85,6 +85,9 @@ def export(
     if not found.is_hybrid:
         raise CheckpointError(f"{found.path}: is a {found.config.model_type}, not a hybrid; it needs no export")
     name = choose(to, found.config, found.config.mixers)
+    for label, ids in (texts or {}).items():
+        if ids.dim() != 2 or ids.shape[1] < (least := sequence_tokens(found.config)):
+            raise ConfigError(f"text {label!r} has shape {list(ids.shape)}, expected sequences of at least {least} tokens")
     job = Job(found, name)
     lineage = _lineage(job)
     if resume and is_complete(out) and read_lineage(out).get("identity") == lineage["identity"]:

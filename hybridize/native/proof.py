@@ -96,7 +96,7 @@ def prove(
     length = sequence_tokens(hybrid.config)
     generator = torch.Generator().manual_seed(0)
     rows = {"random": torch.randint(0, hybrid.config.vocab_size, (ROWS, length), generator=generator)}
-    rows |= {name: ids[:ROWS, :length] for name, ids in texts.items() if ids.shape[1] >= length}
+    rows |= {name: ids[:ROWS, :length] for name, ids in texts.items()}
     pad = length // 4
     rows[PADDED] = rows["random"][:1]
     ids = torch.cat(list(rows.values()))

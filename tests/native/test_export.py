@@ -96,6 +96,17 @@ def test_a_class_that_does_not_fit_is_refused(hybrid, tmp_path):
         export(tmp_path / "llama-base", "auto", tmp_path / "out")
 
 
+def test_a_text_too_short_to_prove_anything_is_refused(hybrid, tmp_path):
+    with pytest.raises(ConfigError, match=r"text 'mine' has shape \[1, 9\], expected sequences of at least 128 tokens"):
+        export(hybrid, "auto", tmp_path / "out", texts={"mine": torch.zeros(1, 9, dtype=torch.int64)})
+    texts = {"mine": torch.randint(0, 64, (3, 200))}
+    assert [proof.text for proof in export(hybrid, "auto", tmp_path / "out", texts=texts).proof] == [
+        "random",
+        "mine",
+        "left-padded",
+    ]
+
+
 def test_no_class_names_the_reason(tmp_path):
     path = random_hybrid("llama", tmp_path, {"keep": {"every": 3}, "mixer": {"name": "gla"}})
     with pytest.raises(ConfigError, match="no native class holds this hybrid: .*linear attention"):
