@@ -142,9 +142,9 @@ class Verdicts:
     def add(self, what: str, family: str, verdict: dict[str, Any]) -> None:
         engines: dict[str, dict[str, str]] = verdict.get("engines", {})
         if not self.rows:
-            self.rows.append([self.first, "base", "native class", "why", *engines])
-        row = [what, family, _class_of(verdict), plain(verdict["reason"])]
-        self.rows.append([*row, *(_class_of(said) for said in engines.values())])
+            self.rows.append([self.first, "base", "native class", *engines, "why"])
+        why = plain(verdict["reason"].partition("; the hybrid loads through this package")[0])
+        self.rows.append([what, family, _class_of(verdict), *(_class_of(said) for said in engines.values()), why])
         for engine, said in engines.items():
             note = f"{_class_of(said)}: {plain(said['reason'])}"
             if said["reason"] not in verdict["reason"] and note not in self.notes.setdefault(engine, []):
@@ -158,7 +158,7 @@ class Verdicts:
 
 
 def _class_of(said: dict[str, Any]) -> str:
-    return "none" if said["target"] == "none" else code(said["target"])
+    return {"none": "none", "itself": "as it is"}.get(said["target"]) or code(said["target"])
 
 
 def sections_of(name: str) -> dict[str, dict[str, Any]]:

@@ -99,8 +99,8 @@ def test_verdicts_are_the_plans():
     for family in docs_parts.FAMILIES:
         found.add("x", family, {"target": "bamba", "reason": "r", "engines": engines})
     shown = found.shown()
-    assert "| plan | base | native class | why | A | B |" in shown
-    assert "| x | any | `bamba` | r | `bamba` | none |" in shown
+    assert "| plan | base | native class | A | B | why |" in shown
+    assert "| x | any | `bamba` | `bamba` | none | r |" in shown
     assert shown.endswith("\nA:\n\n- `bamba`: runs\n\nB:\n\n- none: no\n")
 
 
