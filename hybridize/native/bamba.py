@@ -15,7 +15,7 @@ from torch import Tensor
 
 from hybridize.families import family_of, head_dim
 from hybridize.native.gguf import no_head, no_rotary
-from hybridize.native.granite import PADDING, attention_biases, mamba2_fields, mamba2_tensors, no_mamba2
+from hybridize.native.granite import attention_biases, in_transformers, mamba2_fields, mamba2_tensors, no_groups, no_mamba2
 from hybridize.native.target import Made, Specs, Target, carried, each_layer
 
 RENAMED = {
@@ -74,11 +74,14 @@ class Bamba(Target):
     def obstacle(self, config: Any, mixers: Specs) -> str | None:
         return no_mamba2(config, mixers)
 
+    def unready(self) -> str | None:
+        return no_groups()
+
     def engine(self, engine: str, config: Any, mixers: Specs) -> tuple[bool, str]:
         if engine == "llama.cpp" and (reason := _no_gguf(config, mixers)):
             return False, reason
-        if engine == "transformers" and any(spec.get("proj_bias") for spec in mixers):
-            return True, f"{self.architecture}; {PADDING}"
+        if engine == "transformers":
+            return True, in_transformers(self.architecture, mixers)
         return super().engine(engine, config, mixers)
 
     def config(self, config: Any, mixers: Specs) -> dict[str, Any]:

@@ -85,6 +85,8 @@ def export(
     if not found.is_hybrid:
         raise CheckpointError(f"{found.path}: is a {found.config.model_type}, not a hybrid; it needs no export")
     name = choose(to, found.config, found.config.mixers)
+    if reason := target(name).unready():
+        raise ConfigError(f"{name}: {reason}")
     for label, ids in (texts or {}).items():
         if ids.dim() != 2 or ids.shape[1] < (least := sequence_tokens(found.config)):
             raise ConfigError(f"text {label!r} has shape {list(ids.shape)}, expected sequences of at least {least} tokens")

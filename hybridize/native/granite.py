@@ -4,6 +4,8 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
+import transformers
+from packaging.version import Version
 from torch import Tensor
 
 from hybridize.families import family_of, head_dim
@@ -11,6 +13,24 @@ from hybridize.native.target import Made, Specs, Target, carried, each_layer
 
 # transformers masks padding in front of in_proj alone; what its bias says of padding goes through the convolution.
 PADDING = "padding on the left reaches the first tokens where in_proj's bias on x, B or C is not 0"
+
+# The first release of transformers whose Bamba and GraniteMoeHybrid norm each group, as servers and kernels always did; 5.16 to
+# 5.22 norm all heads as one.
+GROUPED = "5.23"
+
+
+def no_groups() -> str | None:
+    """Why the transformers installed here reads these classes otherwise, or None."""
+    found = transformers.__version__
+    if Version(found) >= Version(GROUPED):
+        return None
+    return f"transformers {found} norms all heads of this class as one, servers and {GROUPED} on norm each. Export with {GROUPED}"
+
+
+def in_transformers(architecture: str, mixers: Specs) -> str:
+    """How transformers runs one of these classes."""
+    padding = f"; {PADDING}" if any(spec.get("proj_bias") for spec in mixers) else ""
+    return f"{architecture}, from {GROUPED} on (earlier ones norm all heads as one){padding}"
 
 
 def no_mamba2(config: Any, mixers: Specs) -> str | None:
@@ -116,11 +136,14 @@ class GraniteMoeHybrid(Target):
     def obstacle(self, config: Any, mixers: Specs) -> str | None:
         return no_mamba2(config, mixers)
 
+    def unready(self) -> str | None:
+        return no_groups()
+
     def engine(self, engine: str, config: Any, mixers: Specs) -> tuple[bool, str]:
         if engine in ("vLLM", "SGLang") and head_dim(config) * config.num_attention_heads != config.hidden_size:
             return False, f"takes head_dim = hidden_size / heads, the base has {head_dim(config)}"
-        if engine == "transformers" and any(spec.get("proj_bias") for spec in mixers):
-            return True, f"{self.architecture}; {PADDING}"
+        if engine == "transformers":
+            return True, in_transformers(self.architecture, mixers)
         return super().engine(engine, config, mixers)
 
     def config(self, config: Any, mixers: Specs) -> dict[str, Any]:

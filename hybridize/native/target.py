@@ -44,6 +44,10 @@ class Target:
         """Why the class cannot compute what these mixers do over the base's config, or None. One sentence, no full stop."""
         raise NotImplementedError
 
+    def unready(self) -> str | None:
+        """Why the transformers installed here computes another function under this class's name, or None."""
+        return None
+
     def engine(self, engine: str, config: Any, mixers: Specs) -> tuple[bool, str]:
         """Whether an engine runs this export, and how or why not."""
         if engine in self.served:

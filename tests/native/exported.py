@@ -1,12 +1,16 @@
 """What every native class's test asks: does the export say and write what the hybrid does."""
 
+import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
 from hybridize.checkpoint import load_model
 from hybridize.native.export import export
+from hybridize.native.granite import no_groups
 from tests.native.elsewhere import answers, load_elsewhere
 from tests.tolerances import assert_close
+
+needs_groups = pytest.mark.skipif(no_groups() is not None, reason=str(no_groups()))
 
 
 def assert_same(path, to, out, architecture, new_tokens=24, vocab=64, elsewhere=False, pads=True, **asked):

@@ -5,7 +5,7 @@ import torch
 
 from hybridize.checkpoint import open_base
 from hybridize.conversions import convert, plan
-from tests.native.exported import assert_same
+from tests.native.exported import assert_same, needs_groups
 from tests.native.hybrids import random_hybrid
 
 WINDOW = {"keep": {"every": 2}, "mixer": {"name": "streaming", "sink_tokens": 0, "window_tokens": 16}}
@@ -17,7 +17,7 @@ MAMBA = {"keep": {"every": 2}, "mixer": {"name": "mamba2"}}
 @pytest.mark.parametrize(
     ("to", "section", "architecture"),
     [
-        ("bamba", MAMBA, "BambaForCausalLM"),
+        pytest.param("bamba", MAMBA, "BambaForCausalLM", marks=needs_groups),
         ("granite_swa", WINDOW, "GraniteSWAForCausalLM"),
         ("llama", {"keep": "all"}, "LlamaForCausalLM"),
     ],

@@ -7,7 +7,7 @@ from hybridize.checkpoint import open_base, stored_tensors
 from hybridize.conversions import plan
 from hybridize.native import bamba, granite, target
 from hybridize.native.export import export
-from tests.native.exported import assert_same, difference
+from tests.native.exported import assert_same, difference, needs_groups
 from tests.native.hybrids import random_hybrid
 from tests.tiny import tiny_base
 
@@ -18,6 +18,7 @@ LLAMA3 = {
 }  # fmt: skip
 
 
+@needs_groups
 def test_the_export_is_the_hybrid(tmp_path):
     path = random_hybrid("llama", tmp_path, MAMBA, tie_word_embeddings=True)
     assert_same(path, "bamba", tmp_path / "out", "BambaForCausalLM", new_tokens=12)
@@ -38,6 +39,7 @@ def test_the_export_is_the_hybrid(tmp_path):
         ("llama", {}, {"head_dim": 16}),
     ],
 )
+@needs_groups
 def test_the_logits_are_the_hybrids(family, options, base, tmp_path):
     path = random_hybrid(family, tmp_path, {**MAMBA, "mixer": {**MAMBA["mixer"], **options}}, **base)
     *unpadded, padded = export(path, "bamba", tmp_path / "out").proof
@@ -57,6 +59,7 @@ def apart(rows, heads, times):
 
 
 @pytest.mark.parametrize("wrong", ["rotary", zeros, apart, "groups"])
+@needs_groups
 def test_a_wrong_export_is_caught(wrong, tmp_path, monkeypatch):
     path = random_hybrid("llama", tmp_path, MAMBA)
     kind = type(target("bamba"))

@@ -19,6 +19,7 @@ from hybridize.native import NO_CLASS, TARGETS, granite, target
 from hybridize.native.export import export
 from hybridize.native.target import ENGINES
 from hybridize.storage import Staging, file_sha256, partial_folder
+from tests.native.exported import needs_groups
 from tests.native.hybrids import random_hybrid
 from tests.tiny import tiny_base
 from tests.tolerances import assert_close
@@ -32,6 +33,8 @@ def hashes(folder):
 
 @pytest.fixture
 def hybrid(tmp_path, monkeypatch):
+    if reason := granite.no_groups():
+        pytest.skip(reason)
     monkeypatch.setattr(shards.plan_shards, "__defaults__", (20_000,))
     return random_hybrid("llama", tmp_path, MAMBA)
 
@@ -122,6 +125,7 @@ def test_a_lost_tensor_is_an_error(hybrid, tmp_path, monkeypatch):
         export(hybrid, "auto", tmp_path / "out")
 
 
+@needs_groups
 def test_decays_stay_in_fp32(tmp_path):
     path = random_hybrid("llama", tmp_path, MAMBA, dtype=torch.bfloat16)
     export(path, "auto", tmp_path / "out")

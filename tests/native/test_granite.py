@@ -5,8 +5,10 @@ import torch
 
 from hybridize.checkpoint import open_base
 from hybridize.conversions import convert, plan
+from hybridize.errors import ConfigError
 from hybridize.native import granite, native_verdict, target
-from tests.native.exported import assert_same, difference
+from hybridize.native.export import export
+from tests.native.exported import assert_same, difference, needs_groups
 from tests.native.hybrids import random_hybrid
 from tests.tiny import tiny_base
 
@@ -21,6 +23,7 @@ MAMBA = {"keep": {"every": 3}, "mixer": {"name": "mamba2"}}
         ("llama", {"heads": "grouped", "proj_bias": False}, {"attention_bias": True}),
     ],
 )
+@needs_groups
 def test_the_export_is_the_hybrid(family, options, base, tmp_path):
     section = {**MAMBA, "mixer": {"name": "mamba2", **options}}
     path = random_hybrid(family, tmp_path, section, **base)
@@ -38,6 +41,7 @@ original = granite.expanded
 
 
 @pytest.mark.parametrize("wrong", ["heads", "scale", "rope", "mlp"])
+@needs_groups
 def test_a_wrong_export_is_caught(wrong, tmp_path, monkeypatch):
     path = random_hybrid("llama", tmp_path, MAMBA)
     kind = type(target("granitemoehybrid"))
@@ -67,6 +71,14 @@ def test_no_native_class(family, section, words, tmp_path):
     assert all(said["target"] in ("none", "itself") for said in found["engines"].values())
 
 
+def test_an_older_transformers_norms_otherwise_and_is_refused(tmp_path, monkeypatch):
+    path = random_hybrid("llama", tmp_path, MAMBA)
+    monkeypatch.setattr(granite.transformers, "__version__", "5.22.2")
+    with pytest.raises(ConfigError, match="granitemoehybrid: transformers 5.22.2 norms all heads of this class as one"):
+        export(path, "auto", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_grouped_and_expanded_layers_share_one_class(tmp_path):
     section = {"layers": {0: {"name": "mamba2", "heads": "expanded"}, 1: {"name": "mamba2"}, "default": {"name": "attention"}}}
     base = open_base(tiny_base("llama", tmp_path))
@@ -77,6 +89,7 @@ def test_grouped_and_expanded_layers_share_one_class(tmp_path):
 @pytest.mark.data
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "vocab"), [("stories260K", 512), ("tinystories-656k", 2048), ("babyllama-tok105", 105)])
+@needs_groups
 def test_real_models(name, vocab, tmp_path, shared_data):
     ids = torch.randint(3, vocab, (8, 128), generator=torch.Generator().manual_seed(0))
     base = open_base(shared_data / "models" / name)
