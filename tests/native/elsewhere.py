@@ -12,6 +12,9 @@ from typing import Any
 
 import torch
 
+# New tokens of all but greedy text.
+FEW = 32
+
 
 def load_elsewhere(path: Path, ids: torch.Tensor, **asked: Any) -> dict[str, Any]:
     """What AutoModelForCausalLM computes of a checkpoint where hybridize cannot be imported.
@@ -55,9 +58,9 @@ def answers(model: Any, ids: torch.Tensor, new_tokens: int = 16, beams: int = 3,
     # A random model ends a text whenever it likes; all rows are to be equally long.
     told |= {"min_new_tokens": new_tokens, "pad_token_id": 0}
     found = {"greedy": model.generate(ids, **told)}
-    # Every token anew takes its time; where a cache errs it does so soon.
-    few = {"max_new_tokens": min(new_tokens, 32), "min_new_tokens": min(new_tokens, 32)}
-    found["no_cache"] = model.generate(ids, **{**told, **few}, use_cache=False)
+    # The long text is the greedy one; a cache, a beam or a mask that errs does so soon.
+    told |= {"max_new_tokens": min(new_tokens, FEW), "min_new_tokens": min(new_tokens, FEW)}
+    found["no_cache"] = model.generate(ids, **told, use_cache=False)
     if beams:
         found["beams"] = model.generate(ids, **told, num_beams=beams)
     if cut:
