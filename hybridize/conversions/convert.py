@@ -19,11 +19,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hybridize.checkpoint import Checkpoint, finish_directory
+from hybridize.checkpoint import finish_directory
 from hybridize.conversions.job import Job, open_job
 from hybridize.conversions.layer import LayerCounts
 from hybridize.core import Plan, digest
 from hybridize.errors import ConfigError
+from hybridize.fingerprint import stamps
 from hybridize.lineage import is_complete, origin, read_lineage, verify_files, versions
 from hybridize.shards import (
     Shard,
@@ -118,7 +119,7 @@ def convert(
     if dry_run:
         require_space(out, job.nbytes + SMALL_FILES_BYTES)
         return _summary(job, out, resumed=0)
-    with Staging(out, resume, digest([lineage["identity"], _stamps(job.base)])) as staging:
+    with Staging(out, resume, digest([lineage["identity"], stamps(job.base)])) as staging:
         resumed = _fill(job, staging, text, progress, workers or min(4, os.cpu_count() or 1), lineage)
         staging.finish()
     return _summary(job, out, resumed)
@@ -141,12 +142,6 @@ def _fill(
 
 def _summary(job: Job, out: Path, resumed: int) -> ConversionSummary:
     return ConversionSummary(out=out, layers=tuple(job.counts), bytes=job.nbytes, shards=len(job.shards), resumed_shards=resumed)
-
-
-def _stamps(base: Checkpoint) -> list[list[Any]]:
-    """Size and time of the base's weight files: its hash does not see the weights, and no resume may mix two."""
-    stats = [(file.name, os.stat(file)) for file in sorted({info.file for info in base.tensors.values()})]
-    return [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats]
 
 
 def _lineage(job: Job, location: str, text: Tensor | None, extra: dict[str, Any] | None) -> dict[str, Any]:

@@ -6,7 +6,7 @@
     score_h = (q_plain,h . k_h + q_rot,h . k_r) / sqrt(d)
 
 Parameter names and order are those of transformers' DeepseekV3Attention without a query rank. Its score divides by
-sqrt(plain + rotary width): export multiplies q_proj by sqrt((plain + rotary) / d), and nothing else changes. Three things it
+sqrt(plain + rotary width): export gives it the factor that is left, and nothing else changes but rows' order. Three things it
 lacks are options here: no norm on the latent, rotary pairs at frequencies of their own, and the base's q/k-norms.
 
 YaRN lengthens cos and sin so that every score is larger by one factor. A plain part has neither, and gets the factor itself:

@@ -56,8 +56,6 @@ def obstacle(config: Any, mixers: Specs) -> str:
         if name in names:
             return reason
     nearest = [made for name in TARGETS.entries if names <= {"attention", *(made := target(name)).mixers} and made.mixers & names]
-    if "mla" in names and names != {"mla"}:
-        return "no native class mixes latent attention with another kind"
     if not nearest:
         return f"no class of transformers mixes {', '.join(sorted(names))}"
     # Of several, the one whose family is the base's says the most.

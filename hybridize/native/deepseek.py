@@ -50,7 +50,7 @@ class DeepseekV3(Target):
     def obstacle(self, config: Any, mixers: Specs) -> str | None:
         family, first = family_of(config), mixers[0]
         if {spec["name"] for spec in mixers} != {"mla"}:
-            return "it has latent attention in every layer and nothing else"
+            return "no native class mixes latent attention with another kind"
         _, rope = sizes(config, mixers)
         if any(spec != first for spec in mixers):
             return "the native class has one set of latent sizes for all layers"

@@ -26,7 +26,7 @@ from hybridize.checkpoint import (
 from hybridize.companions import copy_companions
 from hybridize.core import digest
 from hybridize.errors import CheckpointError, ConfigError
-from hybridize.fingerprint import weights_hash
+from hybridize.fingerprint import stamps, weights_hash
 from hybridize.lineage import is_complete, read_lineage, verify_files, versions, write_lineage, write_manifest
 from hybridize.native import choose, target
 from hybridize.native.proof import PADDED, Proof, prove, refused, sequence_tokens
@@ -91,6 +91,10 @@ def export(
         if ids.dim() != 2 or ids.shape[1] < (least := sequence_tokens(found.config)):
             raise ConfigError(f"text {label!r} has shape {list(ids.shape)}, expected sequences of at least {least} tokens")
     job = Job(found, name)
+    if dry_run and not is_complete(out):
+        check_output(out)
+        require_space(out, job.nbytes)
+        return job.summary(out, 0, ())
     lineage = _lineage(job)
     if resume and is_complete(out) and read_lineage(out).get("identity") == lineage["identity"]:
         verify_files(out)
@@ -98,10 +102,7 @@ def export(
         done = tuple(Proof(**proof) for proof in read_lineage(out)["proof"])
         return job.summary(out, len(job.shards), done)
     check_output(out)
-    if dry_run:
-        require_space(out, job.nbytes)
-        return job.summary(out, 0, ())
-    with Staging(out, resume, digest([lineage["identity"], _stamps(found)])) as staging:
+    with Staging(out, resume, digest([lineage["identity"], stamps(found)])) as staging:
         records = {shard.name: record for shard in job.shards if (record := staging.finished(shard.name))}
         resumed = len(records)
         require_space(staging.folder, sum(shard.nbytes for shard in job.shards if shard.name not in records))
@@ -220,12 +221,6 @@ class Job:
             out=out, target=self.name, tensors=len(self.made), bytes=self.nbytes, shards=len(self.shards),
             resumed_shards=resumed, proof=proof,
         )  # fmt: skip
-
-
-def _stamps(found: Checkpoint) -> list[list[Any]]:
-    """Size and time of the weight files: no resume may mix two."""
-    stats = [(file.name, os.stat(file)) for file in sorted({info.file for info in found.tensors.values()})]
-    return [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats]
 
 
 def _lineage(job: Job) -> dict[str, Any]:

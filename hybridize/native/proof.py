@@ -135,7 +135,7 @@ def _rms(values: Tensor) -> float:
 
 def sequence_tokens(config: Any) -> int:
     """Tokens of a sequence: enough that windows forget, within the context."""
-    windows = [spec[key] for spec in config.mixers for key in ("window_tokens",) if spec.get(key)]
+    windows = [spec["window_tokens"] for spec in config.mixers if spec.get("window_tokens")]
     return min(config.max_position_embeddings, max([TOKENS, *(window + 64 for window in windows)]))
 
 
