@@ -8,6 +8,8 @@ from hybridize.kernels._core.spec import OpSpec
 
 SPECS = {
     "gated_rms_norm": "hybridize.kernels.gated_norm.spec:GATED_NORM",
+    "stream_attn": "hybridize.kernels.stream_attn.spec:STREAM_ATTN",
+    "stream_attn_step": "hybridize.kernels.stream_attn.spec:STREAM_ATTN_STEP",
 }
 
 
