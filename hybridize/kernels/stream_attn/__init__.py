@@ -43,7 +43,7 @@ def stream_attn(
     Cost: O(T (window + sink) D) a head; memory beside the result is O(T), in PyTorch O(block (window + sink)) more.
     Source: Xiao et al., arXiv 2309.17453, section 3.2; rows in blocks with a running softmax after Dao, arXiv 2307.08691.
     """
-    _check_heads("stream_attn", ("q_BHTD", q_BHTD), ("k_BGTD", k_BGTD), ("v_BGTD", v_BGTD))
+    _check_attention("stream_attn", ("q_BHTD", q_BHTD), ("k_BGTD", k_BGTD), ("v_BGTD", v_BGTD))
     batch, _, tokens, width = q_BHTD.shape
     if k_BGTD.shape[2] != tokens:
         raise ConfigError(f"run stream_attn: k_BGTD: got {k_BGTD.shape[2]} tokens, expected the {tokens} of q_BHTD.")
@@ -62,7 +62,12 @@ def stream_attn(
     def earlier(count):
         return torch.arange(min(count, sink), device=q.device)
 
-    return block_attention(q, k, v, window, lambda place: place < sink, earlier, segments_BT, scale, dropout)
+    def attend(q, k, v, allowed, causal):
+        return F.scaled_dot_product_attention(
+            q, k, v, attn_mask=allowed, dropout_p=dropout, is_causal=causal, scale=scale, enable_gqa=True
+        )
+
+    return block_attention(q, k, v, window, lambda place: place < sink, earlier, segments_BT, attend)
 
 
 @torch.no_grad()
@@ -90,7 +95,7 @@ def stream_attn_step(q_BHD, keys_BGSD, values_BGSD, counts_B=None, scale=None, i
     Cost: reads the ring once, O(S D) a head.
     Source: as `stream_attn`; slots split among programs after Flash-Decoding (Dao et al., 2023).
     """
-    _check_heads("stream_attn_step", ("q_BHD", q_BHD[:, :, None]), ("keys_BGSD", keys_BGSD), ("values_BGSD", values_BGSD))
+    _check_attention("stream_attn_step", ("q_BHD", q_BHD[:, :, None]), ("keys_BGSD", keys_BGSD), ("values_BGSD", values_BGSD))
     if keys_BGSD.shape[2] == 0:
         raise ConfigError("run stream_attn_step: keys_BGSD: got 0 slots, expected the token's own at least.")
     if counts_B is not None and (tuple(counts_B.shape) != q_BHD.shape[:1] or counts_B.dtype.is_floating_point):
@@ -117,7 +122,7 @@ def _autocast(*tensors):
     return tuple(one if one.dtype == torch.float64 else one.to(dtype) for one in tensors)
 
 
-def _check_heads(op, *named):
+def _check_attention(op, *named):
     (_, q), (_, k), _ = named
     for name, one in named:
         if one.dim() != 4 or not one.dtype.is_floating_point:

@@ -7,7 +7,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 # Queries handled at once: the mask and scores of a block stay small. Of a short window no more than it holds, or most scores of a
@@ -31,10 +30,9 @@ def block_attention(
     lasts: Callable[[Any], Any],
     earlier: Callable[[int], Tensor],
     segments: Tensor | None,
-    scale: float,
-    dropout: float,
+    attend: Callable[[Tensor, Tensor, Tensor, Tensor | None, bool], Tensor],
 ) -> Tensor:
-    """Blocks of queries against what lasts and the slice of keys that their windows reach, [B, H, T, D].
+    """Blocks of queries against what lasts and the slice of keys that their windows reach, [B, H, T, E].
 
     Args:
         q: [B, H, T, D].
@@ -44,12 +42,11 @@ def block_attention(
         lasts: position in the document -> whether the token stays visible to all that follow it.
         earlier: count -> positions of those that last among the first `count` tokens of a document.
         segments: document ids [B, T], or None for one document.
-        scale: of the scores.
-        dropout: share of weights that are dropped.
+        attend: (q, k, v, mask or None, whether each query sees the keys up to its own place) -> [B, H, T, E].
     """
     new = q.shape[2]
     if segments is None and new <= window:
-        return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True, scale=scale, enable_gqa=True)
+        return attend(q, k, v, None, True)
     index = torch.arange(new, device=q.device)
     lasting = lasts(index[None] if segments is None else index - document_starts(segments))
     pieces, block = [], min(max(window, SMALLEST_BLOCK), QUERY_BLOCK)
@@ -61,10 +58,5 @@ def block_attention(
         seen = (distance >= 0)[None] & ((distance < window)[None] | lasting[:, None, keep])
         if segments is not None:
             seen = seen & (segments[:, start:stop, None] == segments[:, None, keep])
-        pieces.append(
-            F.scaled_dot_product_attention(
-                q[:, :, start:stop], k[:, :, keep], v[:, :, keep], attn_mask=seen[:, None], dropout_p=dropout, scale=scale,
-                enable_gqa=True,
-            )  # fmt: skip
-        )
+        pieces.append(attend(q[:, :, start:stop], k[:, :, keep], v[:, :, keep], seen[:, None], False))
     return torch.cat(pieces, dim=2)

@@ -18,7 +18,7 @@ from hybridize.kernels.stream_attn.triton_forward import ranges, rows_of, visibl
 @triton.jit
 def add_dq(
     dq, q, dout, lse, delta, k_ptr, v_ptr, stride_k, stride_v, rows, starts, first, stop, tokens, sink, window, scale,
-    MASKED: tl.constexpr, D: tl.constexpr, N: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
+    MASKED: tl.constexpr, PACKED: tl.constexpr, D: tl.constexpr, N: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """What keys `first` to `stop` add to dq, still to be multiplied by the scale."""
     for base in range(first, stop, N):
@@ -27,8 +27,7 @@ def add_dq(
         v = rows_of(v_ptr, cols, stride_v, tokens, D, BLOCK_D)
         exponent = kdot(q, tl.trans(k), PRECISION) * scale - lse[:, None]
         if MASKED:
-            seen = visible(rows[:, None], cols[None, :], starts[:, None], sink, window) & (cols < stop)[None, :]
-            exponent = tl.where(seen, exponent, float("-inf"))
+            exponent = tl.where(visible(rows, cols, starts, sink, window, stop, PACKED), exponent, float("-inf"))
         dscores = tl.exp2(exponent) * (kdot(dout, tl.trans(v), PRECISION) - delta[:, None])
         dq += kdot(dscores.to(k.dtype), k, PRECISION)
     return dq
@@ -67,19 +66,19 @@ def stream_dq(
     dq = tl.zeros([M, BLOCK_D], tl.float32)
     dq = add_dq(
         dq, q, dout, lse, delta, k_ptr, v_ptr, stride_kt, stride_vt, rows, starts, start, sinks, tokens, sink, window, scale2,
-        True, D, N, BLOCK_D, PRECISION,
+        True, PACKED, D, N, BLOCK_D, PRECISION,
     )  # fmt: skip
     dq = add_dq(
         dq, q, dout, lse, delta, k_ptr, v_ptr, stride_kt, stride_vt, rows, starts, low, whole, tokens, sink, window, scale2,
-        True, D, N, BLOCK_D, PRECISION,
+        True, PACKED, D, N, BLOCK_D, PRECISION,
     )  # fmt: skip
     dq = add_dq(
         dq, q, dout, lse, delta, k_ptr, v_ptr, stride_kt, stride_vt, rows, starts, whole, edge, tokens, sink, window, scale2,
-        False, D, N, BLOCK_D, PRECISION,
+        False, PACKED, D, N, BLOCK_D, PRECISION,
     )  # fmt: skip
     dq = add_dq(
         dq, q, dout, lse, delta, k_ptr, v_ptr, stride_kt, stride_vt, rows, starts, edge, stop, tokens, sink, window, scale2,
-        True, D, N, BLOCK_D, PRECISION,
+        True, PACKED, D, N, BLOCK_D, PRECISION,
     )  # fmt: skip
     dims = tl.arange(0, BLOCK_D)
     inside = (rows < tokens)[:, None] & (dims < D)[None, :]
@@ -98,20 +97,22 @@ def before_chunk(starts_ptr, first, window, PACKED: tl.constexpr):
 
 @triton.jit
 def add_keys(
-    dk, dv, k, v, q_ptr, dout_ptr, lse_ptr, delta_ptr, starts_ptr, stride_qt, stride_gt, cols, low, high, base, tokens, sink,
-    window, scale, PACKED: tl.constexpr, D: tl.constexpr, M: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
+    dk, dv, k, v, q_ptr, dout_ptr, lse_ptr, delta_ptr, starts_ptr, stride_qt, stride_gt, cols, until, base, tokens, scale,
+    PACKED: tl.constexpr, D: tl.constexpr, M: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """What queries `base` to `base` + M add to dk (still to be multiplied by the scale) and dv of those of `cols` in [low, high)."""
+    """What queries `base` to `base` + M add to dk and dv of keys `cols`; dk is still to be multiplied by the scale.
+
+    A key is seen by the queries of its document from itself on and before `until`.
+    """
     rows = base + tl.arange(0, M)
-    starts = tl.zeros([M], tl.int32)
-    if PACKED:
-        starts = tl.load(starts_ptr + rows, mask=rows < tokens, other=0)
     q = rows_of(q_ptr, rows, stride_qt, tokens, D, BLOCK_D)
     dout = rows_of(dout_ptr, rows, stride_gt, tokens, D, BLOCK_D)
     lse = tl.load(lse_ptr + rows, mask=rows < tokens, other=0.0)
     delta = tl.load(delta_ptr + rows, mask=rows < tokens, other=0.0)
-    seen = visible(rows[None, :], cols[:, None], starts[None, :], sink, window) & (rows < tokens)[None, :]
-    seen = seen & ((cols >= low) & (cols < high))[:, None]
+    seen = (rows[None, :] >= cols[:, None]) & (rows[None, :] < until[:, None])
+    if PACKED:
+        starts = tl.load(starts_ptr + rows, mask=rows < tokens, other=0)
+        seen = seen & (starts[None, :] <= cols[:, None])
     exponent = kdot(k, tl.trans(q), PRECISION) * scale - lse[None, :]
     weights = tl.exp2(tl.where(seen, exponent, float("-inf")))
     dv += kdot(weights.to(dout.dtype), dout, PRECISION)
@@ -128,8 +129,10 @@ def stream_sinks(
     PACKED: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
     M: tl.constexpr, N: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """One chunk's part of dk and dv of the sinks before its reach, [B, G, chunks, sink, D] in fp32. Grid: chunks, tiles of N sinks,
-    B x G. Rows that no query of the chunk sees from afar are not written."""
+    """One chunk's part of dk and dv of the sinks before its reach, [B, G, chunks, sink, D] in fp32.
+
+    Rows of sinks that lie in its reach are not written. Grid: chunks, tiles of N sinks, B x G.
+    """
     chunk, tile = tl.program_id(0), tl.program_id(1)
     groups = heads // per_group
     wide_batch = tl.cast(tl.program_id(2) // groups, tl.int64)
@@ -143,17 +146,19 @@ def stream_sinks(
     cols = start + tile * N + tl.arange(0, N)
     k = rows_of(k_ptr + wide_batch * stride_kb + wide_group * stride_kh, cols, stride_kt, high, D, BLOCK_D)
     v = rows_of(v_ptr + wide_batch * stride_vb + wide_group * stride_vh, cols, stride_vt, high, D, BLOCK_D)
+    until = tl.where(cols < high, tokens, 0)
     stop = tl.where(start + tile * N < high, tl.minimum(first + CHUNK, tokens), first)
     dk = tl.zeros([N, BLOCK_D], tl.float32)
     dv = tl.zeros([N, BLOCK_D], tl.float32)
     for one in range(per_group):
         head = tl.cast(group * per_group + one, tl.int64)
         place = (wide_batch * heads + head) * tokens
+        q_head = q_ptr + wide_batch * stride_qb + head * stride_qh
+        dout_head = dout_ptr + wide_batch * stride_gb + head * stride_gh
         for base in range(first, stop, M):
             dk, dv = add_keys(
-                dk, dv, k, v, q_ptr + wide_batch * stride_qb + head * stride_qh, dout_ptr + wide_batch * stride_gb + head * stride_gh,
-                lse_ptr + place, delta_ptr + place, starts_ptr, stride_qt, stride_gt, cols, start, high, base, tokens, sink, window,
-                scale, PACKED, D, M, BLOCK_D, PRECISION,
+                dk, dv, k, v, q_head, dout_head, lse_ptr + place, delta_ptr + place, starts_ptr, stride_qt, stride_gt, cols, until,
+                base, tokens, scale, PACKED, D, M, BLOCK_D, PRECISION,
             )  # fmt: skip
     dims = tl.arange(0, BLOCK_D)
     inside = (cols < high)[:, None] & (dims < D)[None, :]
@@ -167,7 +172,8 @@ def stream_sinks(
 def stream_dkdv(
     q_ptr, k_ptr, v_ptr, dout_ptr, starts_ptr, lse_ptr, delta_ptr, part_k_ptr, part_v_ptr, dk_ptr, dv_ptr,
     stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt,
-    stride_gb, stride_gh, stride_gt, stride_db, stride_dh, stride_dt, heads, per_group, tokens, chunks, sink, window, scale, scale2,
+    stride_gb, stride_gh, stride_gt, stride_db, stride_dh, stride_dt,
+    heads, per_group, tokens, chunks, sink, window, scale, scale2,
     PACKED: tl.constexpr, SINKS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
     CHUNK: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
@@ -180,12 +186,15 @@ def stream_dkdv(
     k = rows_of(k_ptr + wide_batch * stride_kb + wide_group * stride_kh, cols, stride_kt, tokens, D, BLOCK_D)
     v = rows_of(v_ptr + wide_batch * stride_vb + wide_group * stride_vh, cols, stride_vt, tokens, D, BLOCK_D)
     stop = tl.minimum(first + N, tokens) + window - 1
+    until = tl.minimum(cols + window, tokens)
     holds_sinks = 0
     if SINKS:
-        own_starts = tl.zeros([N], tl.int32)
+        starts = tl.zeros([N], tl.int32)
         if PACKED:
-            own_starts = tl.load(starts_ptr + cols, mask=cols < tokens, other=0)
-        holds_sinks = tl.max(((cols - own_starts < sink) & (cols < tokens)).to(tl.int32), axis=0)
+            starts = tl.load(starts_ptr + cols, mask=cols < tokens, other=0)
+        lasting = (cols - starts < sink) & (cols < tokens)
+        until = tl.where(lasting, tokens, until)
+        holds_sinks = tl.max(lasting.to(tl.int32), axis=0)
         # Queries beyond the window, up to the end of the chunk that the window's last one lies in.
         stop += holds_sinks * CHUNK
     stop = tl.minimum(stop, tokens)
@@ -194,14 +203,16 @@ def stream_dkdv(
     for one in range(per_group):
         head = tl.cast(group * per_group + one, tl.int64)
         place = (wide_batch * heads + head) * tokens
+        q_head = q_ptr + wide_batch * stride_qb + head * stride_qh
+        dout_head = dout_ptr + wide_batch * stride_gb + head * stride_gh
         for base in range(first // M * M, stop, M):
-            low = 0
+            here = until
             if SINKS:
                 _, low = before_chunk(starts_ptr, base // CHUNK * CHUNK, window, PACKED)
+                here = tl.where(cols >= low, until, 0)
             dk, dv = add_keys(
-                dk, dv, k, v, q_ptr + wide_batch * stride_qb + head * stride_qh, dout_ptr + wide_batch * stride_gb + head * stride_gh,
-                lse_ptr + place, delta_ptr + place, starts_ptr, stride_qt, stride_gt, cols, low, tokens, base, tokens, sink, window,
-                scale2, PACKED, D, M, BLOCK_D, PRECISION,
+                dk, dv, k, v, q_head, dout_head, lse_ptr + place, delta_ptr + place, starts_ptr, stride_qt, stride_gt, cols, here,
+                base, tokens, scale2, PACKED, D, M, BLOCK_D, PRECISION,
             )  # fmt: skip
     dims = tl.arange(0, BLOCK_D)
     inside = (cols < tokens)[:, None] & (dims < D)[None, :]

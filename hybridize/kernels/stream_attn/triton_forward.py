@@ -16,16 +16,24 @@ LOWEST = tl.constexpr(-1.0e30)
 
 
 @triton.jit
-def visible(rows, cols, starts, sink, window):
-    """Whether tokens `rows` see tokens `cols`; `starts` is where the rows' documents start. Shapes broadcast."""
-    ahead = rows - cols
-    return (ahead >= 0) & (cols >= starts) & ((ahead < window) | (cols - starts < sink))
+def visible(rows, cols, starts, sink, window, stop, PACKED: tl.constexpr):
+    """Whether tokens `rows` [M] see tokens `cols` [N] that are below `stop`; `starts` [M] is where the rows' documents start."""
+    near = tl.maximum(rows - window + 1, starts)
+    # What is past the stop is later than every row.
+    cols = tl.where(cols < stop, cols, 2147483647)[None, :]
+    seen = (cols <= rows[:, None]) & ((cols >= near[:, None]) | (cols < (starts + sink)[:, None]))
+    if PACKED:
+        seen = seen & (cols >= starts[:, None])
+    return seen
 
 
 @triton.jit
 def ranges(starts_ptr, first, tokens, sink, window, PACKED: tl.constexpr, M: tl.constexpr, N: tl.constexpr):
-    """Keys of a tile of queries: (start of the first row's document, end of its sinks before the window, the window's first key,
-    first and last border of the tiles that all rows see whole, one past the last key)."""
+    """Keys that the tile of queries from `first` on reads.
+
+    (start of the first row's document, end of its sinks before the window, first key of the window, first and last border of the
+    tiles that all rows see whole, one past the last key).
+    """
     stop = tl.minimum(first + M, tokens)
     start = 0
     last_start = 0
@@ -53,7 +61,7 @@ def rows_of(pointer, rows, stride, tokens, D: tl.constexpr, BLOCK_D: tl.constexp
 @triton.jit
 def attend(
     acc, top, total, q, k_ptr, v_ptr, stride_k, stride_v, rows, starts, first, stop, tokens, sink, window, scale,
-    MASKED: tl.constexpr, D: tl.constexpr, N: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
+    MASKED: tl.constexpr, PACKED: tl.constexpr, D: tl.constexpr, N: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Keys `first` to `stop` into the running softmax: weighted sum of values, maximum and sum, in base 2."""
     for base in range(first, stop, N):
@@ -61,8 +69,7 @@ def attend(
         k = rows_of(k_ptr, cols, stride_k, tokens, D, BLOCK_D)
         scores = kdot(q, tl.trans(k), PRECISION) * scale
         if MASKED:
-            seen = visible(rows[:, None], cols[None, :], starts[:, None], sink, window) & (cols < stop)[None, :]
-            scores = tl.where(seen, scores, float("-inf"))
+            scores = tl.where(visible(rows, cols, starts, sink, window, stop, PACKED), scores, float("-inf"))
         higher = tl.maximum(top, tl.max(scores, axis=1))
         weights = tl.exp2(scores - higher[:, None])
         shrink = tl.exp2(top - higher)
@@ -103,19 +110,19 @@ def stream_forward(
     total = tl.zeros([M], tl.float32)
     acc, top, total = attend(
         acc, top, total, q, k_ptr, v_ptr, stride_kt, stride_vt, rows, starts, start, sinks, tokens, sink, window, scale,
-        True, D, N, BLOCK_D, PRECISION,
+        True, PACKED, D, N, BLOCK_D, PRECISION,
     )  # fmt: skip
     acc, top, total = attend(
         acc, top, total, q, k_ptr, v_ptr, stride_kt, stride_vt, rows, starts, low, whole, tokens, sink, window, scale,
-        True, D, N, BLOCK_D, PRECISION,
+        True, PACKED, D, N, BLOCK_D, PRECISION,
     )  # fmt: skip
     acc, top, total = attend(
         acc, top, total, q, k_ptr, v_ptr, stride_kt, stride_vt, rows, starts, whole, edge, tokens, sink, window, scale,
-        False, D, N, BLOCK_D, PRECISION,
+        False, PACKED, D, N, BLOCK_D, PRECISION,
     )  # fmt: skip
     acc, top, total = attend(
         acc, top, total, q, k_ptr, v_ptr, stride_kt, stride_vt, rows, starts, edge, stop, tokens, sink, window, scale,
-        True, D, N, BLOCK_D, PRECISION,
+        True, PACKED, D, N, BLOCK_D, PRECISION,
     )  # fmt: skip
     dims = tl.arange(0, BLOCK_D)
     inside = (rows < tokens)[:, None] & (dims < D)[None, :]

@@ -6,6 +6,7 @@ Results lie in memory as [B, T, H, D], as what follows reads them, and are hande
 import math
 
 import torch
+import triton
 from torch.autograd.function import once_differentiable
 
 from hybridize.kernels._core.launch import DEVICES, empty, launch, tiles
@@ -17,7 +18,8 @@ from hybridize.kernels.stream_attn.triton_forward import stream_combine, stream_
 __all__ = ["DEVICES", "refuses_stream_attn", "refuses_stream_attn_step", "stream_attn", "stream_attn_step"]
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-WIDEST = 256
+# Of a head: wider ones leave tiles that spill.
+MOST_BYTES = 512
 LOG2_E = math.log2(math.e)
 # Programs that keep a large GPU busy; a step is split until there are as many, each of at least so many slots.
 PROGRAMS, LEAST_SLOTS = 264, 64
@@ -51,8 +53,9 @@ def _refused(q, k, v):
     dtypes = {one.dtype for one in (q, k, v)}
     if len(dtypes) > 1 or q.dtype not in DTYPES:
         return f"got {', '.join(sorted(str(one) for one in dtypes))}, expected one of fp16, bf16 and fp32 for all"
-    if v.shape[-1] != q.shape[-1] or not 1 <= q.shape[-1] <= WIDEST:
-        return f"got heads {q.shape[-1]} and values {v.shape[-1]} wide, expected equal widths of 1 to {WIDEST}"
+    widest = MOST_BYTES // q.element_size()
+    if v.shape[-1] != q.shape[-1] or not 1 <= q.shape[-1] <= widest:
+        return f"got heads {q.shape[-1]} and values {v.shape[-1]} wide, expected equal widths of 1 to {widest}"
     return None
 
 
@@ -70,7 +73,7 @@ def _widths(x):
     width = x.shape[-1]
     precision = "tf32x3" if x.dtype == torch.float32 else "ieee"
     # `tl.dot` takes 16 at least.
-    return {"D": width, "BLOCK_D": max(16, 1 << (width - 1).bit_length()), "PRECISION": precision}
+    return {"D": width, "BLOCK_D": max(16, triton.next_power_of_2(width)), "PRECISION": precision}
 
 
 def _tiles(kernel, x):
@@ -82,7 +85,7 @@ def _launch_forward(q, k, v, starts, sink, window, scale):
     out, lse = _heads(q, heads, q.dtype), empty((batch, heads, tokens), torch.float32, q.device)
     chosen = _tiles("stream_forward", q)
     launch(
-        stream_forward, (-(-tokens // chosen["M"]), heads, batch), q, k, v, starts, out, lse,
+        stream_forward, (triton.cdiv(tokens, chosen["M"]), heads, batch), q, k, v, starts, out, lse,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3],
         heads, heads // groups, tokens, sink, window, scale * LOG2_E,
         PACKED=starts is not None, **_widths(q), **chosen,
@@ -102,19 +105,19 @@ def _launch_backward(q, k, v, starts, out, lse, dout, sink, window, scale):
     strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3])
     by_query, by_key, by_sink = (_tiles(name, q) for name in ("stream_dq", "stream_dkdv", "stream_sinks"))
     launch(
-        stream_dq, (-(-tokens // by_query["M"]), heads, batch), q, k, v, out, dout, starts, lse, delta, dq,
+        stream_dq, (triton.cdiv(tokens, by_query["M"]), heads, batch), q, k, v, out, dout, starts, lse, delta, dq,
         *strides, *out.stride()[:3], *dout.stride()[:3], heads, per_group, tokens, sink, window, scale, scale * LOG2_E,
         PACKED=packed, **widths, **by_query,
     )  # fmt: skip
-    chunks = -(-tokens // by_sink["CHUNK"])
+    chunks = triton.cdiv(tokens, by_sink["CHUNK"])
     part_k, part_v = (empty((batch, groups, chunks, sink, width), torch.float32, q.device) for _ in range(2))
     launch(
-        stream_sinks, (chunks, -(-sink // by_sink["N"]), batch * groups), q, k, v, dout, starts, lse, delta, part_k, part_v,
+        stream_sinks, (chunks, triton.cdiv(sink, by_sink["N"]), batch * groups), q, k, v, dout, starts, lse, delta, part_k, part_v,
         *strides, *dout.stride()[:3], heads, per_group, tokens, sink, window, scale * LOG2_E,
         PACKED=packed, **widths, **by_sink,
     )  # fmt: skip
     launch(
-        stream_dkdv, (-(-tokens // by_key["N"]), groups, batch), q, k, v, dout, starts, lse, delta, part_k, part_v, dk, dv,
+        stream_dkdv, (triton.cdiv(tokens, by_key["N"]), groups, batch), q, k, v, dout, starts, lse, delta, part_k, part_v, dk, dv,
         *strides, *dout.stride()[:3], *dk.stride()[:3],
         heads, per_group, tokens, chunks, sink, window, scale, scale * LOG2_E,
         PACKED=packed, SINKS=sink > 0, CHUNK=by_sink["CHUNK"], **widths, **by_key,
@@ -129,10 +132,10 @@ def _fake_backward(q, k, v, starts, out, lse, dout, sink, window, scale):
 def _launch_step(q, keys, values, counts, scale):
     (batch, heads, width), (groups, slots) = q.shape, keys.shape[1:3]
     chosen, per_group = _tiles("stream_step", q), heads // groups
-    columns = groups * -(-per_group // chosen["M"])
-    splits = max(1, min(-(-PROGRAMS // max(1, batch * columns)), slots // LEAST_SLOTS))
-    share = -(-(-(-slots // splits)) // chosen["N"]) * chosen["N"]
-    splits = -(-slots // share)
+    columns = groups * triton.cdiv(per_group, chosen["M"])
+    splits = max(1, min(triton.cdiv(PROGRAMS, max(1, batch * columns)), slots // LEAST_SLOTS))
+    share = triton.cdiv(triton.cdiv(slots, splits), chosen["N"]) * chosen["N"]
+    splits = triton.cdiv(slots, share)
     out = empty((batch, heads, width), q.dtype, q.device)
     part, lse = out, None
     if splits > 1:
@@ -147,7 +150,7 @@ def _launch_step(q, keys, values, counts, scale):
         blocks = {name: size for name, size in _widths(q).items() if name != "PRECISION"}
         launch(
             stream_combine, (heads, batch), part, lse, out, heads, splits,
-            BLOCK_SPLITS=1 << (splits - 1).bit_length(), **blocks, **_tiles("stream_combine", q),
+            BLOCK_SPLITS=triton.next_power_of_2(splits), **blocks, **_tiles("stream_combine", q),
         )  # fmt: skip
     return out
 
