@@ -100,6 +100,11 @@ def pairs(sizes):
     return tokens * window - window * (window - 1) / 2 + sizes["sink"] * (tokens - window)
 
 
+def flex(inputs):
+    """PyTorch's flex_attention, compiled."""
+    return stream_attn(**inputs, impl="flex")
+
+
 def dense(inputs):
     """PyTorch's attention with a mask of all pairs."""
     index = torch.arange(inputs["q_BHTD"].shape[2], device=inputs["q_BHTD"].device)
@@ -135,7 +140,8 @@ STREAM_ATTN = OpSpec(
     make_inputs=make_inputs,
     outputs=("out",),
     cases=(
-        Case("grouped", {**TINY, "T": 70}),
+        Case("one group", {**TINY, "T": 44, "H": 2, "G": 1, "window": 14}),
+        Case("grouped", {**TINY, "T": 52}),
         Case("packed", {**TINY, "B": 2, "T": 50, "H": 2, "G": 1, "window": 9, "packed": 1}),
         Case("packed, wide window", {**TINY, "T": 71, "H": 2, "G": 1, "window": 50, "packed": 1}),
         Case("more sinks than a tile", {**TINY, "T": 77, "H": 2, "G": 2, "sink": 20, "window": 6}),
@@ -173,11 +179,25 @@ STREAM_ATTN = OpSpec(
         "repeated keys are grouped keys": repeated_keys_are_grouped_keys,
     },
     bugs=(
-        Bug("((ahead < window) |", "((ahead <= window) |", ("grouped",)),
+        Bug("near = tl.maximum(rows - window + 1, starts)", "near = tl.maximum(rows - window, starts)", ("one group",)),
+        Bug("    group = tl.cast(head // per_group,", "    group = tl.cast(head % (heads // per_group),", ("grouped",)),
+        Bug("sinks = tl.maximum(start, tl.minimum(start + sink, low))", "sinks = start + sink", ("one group",)),
+        Bug("seen = seen & (cols >= starts[:, None])", "seen = seen", ("packed",)),
+        Bug("start = tl.load(starts_ptr + first)\n        last", "start = 0\n        last", ("documents of a row are rows",)),
+        Bug("(kdot(dout, tl.trans(v), PRECISION) - delta[:, None])", "kdot(dout, tl.trans(v), PRECISION)", ("one group",)),
+        Bug("until = tl.minimum(cols + window, tokens)", "until = tl.minimum(cols + window - 1, tokens)", ("no sinks",)),
+        Bug("seen = seen & (starts[None, :] <= cols[:, None])", "seen = seen", ("packed",)),
+        Bug("here = tl.where(cols >= low, until, 0)", "here = until", ("one group",)),
+        Bug("stop += holds_sinks * CHUNK", "stop += 0", ("one group",)),
+        Bug("dk += tl.load(part_k_ptr + at, mask=there, other=0.0)", "dk += 0.0", ("one group", "packed, wide window")),
+        Bug("tile * N + tl.arange(0, N)\n    k", "tl.arange(0, N)\n    k", ("more sinks than a tile",)),
     ),
     flops=lambda s, direction: (4 if direction == "forward" else 10) * s["B"] * s["H"] * s["D"] * pairs(s),
     bytes=lambda s, direction, e: (1 if direction == "forward" else 2) * s["B"] * s["T"] * 2 * (s["H"] + s["G"]) * s["D"] * e,
-    anchors={"dense mask": ("torch", dense), "full causal attention": ("torch", causal)},
+    anchors={
+        "flex_attention": ("torch.nn.attention.flex_attention", flex), "dense mask": ("torch", dense),
+        "full causal attention": ("torch", causal),
+    },
 )  # fmt: skip
 
 STREAM_ATTN_STEP = OpSpec(
@@ -187,7 +207,7 @@ STREAM_ATTN_STEP = OpSpec(
     make_inputs=make_step_inputs,
     outputs=("out",),
     cases=(
-        Case("full ring", STEP | {"S": 70}),
+        Case("full ring in splits", STEP | {"S": 150}),
         Case("counted, splits that are empty", STEP | {"B": 3, "S": 200, "H": 2, "G": 1, "counted": 1}),
         Case("one slot", STEP | {"S": 1, "G": 4, "D": 80}),
         Case("more heads in a group than a tile", STEP | {"B": 2, "H": 20, "G": 1, "D": 20}),
@@ -203,7 +223,12 @@ STREAM_ATTN_STEP = OpSpec(
         "a ring is the last row of the whole": a_ring_is_the_last_row_of_the_whole,
         "slots may change places": slots_may_change_places,
     },
-    bugs=(),
+    bugs=(
+        Bug("tl.minimum(stop, tl.load(counts_ptr + batch).to(tl.int32))", "stop", ("counted, splits that are empty",)),
+        Bug("group, tile = tl.program_id(1) // row_tiles, tl", "group, tile = 0, tl", ("full ring in splits",)),
+        Bug("weights = tl.exp2(lse - tl.max(lse, axis=0))", "weights = tl.exp2(lse * 0.0)", ("full ring in splits",)),
+        Bug("stop = tl.minimum(first + share, slots)", "stop = slots", ("full ring in splits",)),
+    ),
     flops=lambda s, direction: 4 * s["B"] * s["H"] * s["D"] * s["S"],
     bytes=lambda s, direction, e: s["B"] * 2 * (s["G"] * s["S"] + s["H"]) * s["D"] * e,
     anchors={"PyTorch's attention": ("torch", ring)},

@@ -44,10 +44,10 @@ def stream_dq(
     """dq, which has the strides of out, and delta [B, H, T] = sum_d out dout. Grid as of stream_forward."""
     first = (tl.num_programs(0) - 1 - tl.program_id(0)) * M
     head, batch = tl.program_id(1), tl.program_id(2)
-    group = tl.cast(head // per_group, tl.int64)
+    wide_group = tl.cast(head // per_group, tl.int64)
     wide_head, wide_batch = tl.cast(head, tl.int64), tl.cast(batch, tl.int64)
-    k_ptr += wide_batch * stride_kb + group * stride_kh
-    v_ptr += wide_batch * stride_vb + group * stride_vh
+    k_ptr += wide_batch * stride_kb + wide_group * stride_kh
+    v_ptr += wide_batch * stride_vb + wide_group * stride_vh
     if PACKED:
         starts_ptr += wide_batch * tokens
     rows = first + tl.arange(0, M)
@@ -157,8 +157,8 @@ def stream_sinks(
         dout_head = dout_ptr + wide_batch * stride_gb + head * stride_gh
         for base in range(first, stop, M):
             dk, dv = add_keys(
-                dk, dv, k, v, q_head, dout_head, lse_ptr + place, delta_ptr + place, starts_ptr, stride_qt, stride_gt, cols, until,
-                base, tokens, scale, PACKED, D, M, BLOCK_D, PRECISION,
+                dk, dv, k, v, q_head, dout_head, lse_ptr + place, delta_ptr + place, starts_ptr, stride_qt, stride_gt, cols,
+                until, base, tokens, scale, PACKED, D, M, BLOCK_D, PRECISION,
             )  # fmt: skip
     dims = tl.arange(0, BLOCK_D)
     inside = (cols < high)[:, None] & (dims < D)[None, :]

@@ -6,7 +6,6 @@ Results lie in memory as [B, T, H, D], as what follows reads them, and are hande
 import math
 
 import torch
-import triton
 from torch.autograd.function import once_differentiable
 
 from hybridize.kernels._core.launch import DEVICES, empty, launch, tiles
@@ -59,6 +58,10 @@ def _refused(q, k, v):
     return None
 
 
+def _ceil_div(total: int, size: int) -> int:
+    return (total + size - 1) // size
+
+
 def _rows(x):
     """With the numbers of a head side by side, as the kernels read them."""
     return x if x.stride(-1) == 1 else x.contiguous()
@@ -73,7 +76,7 @@ def _widths(x):
     width = x.shape[-1]
     precision = "tf32x3" if x.dtype == torch.float32 else "ieee"
     # `tl.dot` takes 16 at least.
-    return {"D": width, "BLOCK_D": max(16, triton.next_power_of_2(width)), "PRECISION": precision}
+    return {"D": width, "BLOCK_D": max(16, 1 << (width - 1).bit_length()), "PRECISION": precision}
 
 
 def _tiles(kernel, x):
@@ -85,7 +88,7 @@ def _launch_forward(q, k, v, starts, sink, window, scale):
     out, lse = _heads(q, heads, q.dtype), empty((batch, heads, tokens), torch.float32, q.device)
     chosen = _tiles("stream_forward", q)
     launch(
-        stream_forward, (triton.cdiv(tokens, chosen["M"]), heads, batch), q, k, v, starts, out, lse,
+        stream_forward, (_ceil_div(tokens, chosen["M"]), heads, batch), q, k, v, starts, out, lse,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3],
         heads, heads // groups, tokens, sink, window, scale * LOG2_E,
         PACKED=starts is not None, **_widths(q), **chosen,
@@ -105,19 +108,19 @@ def _launch_backward(q, k, v, starts, out, lse, dout, sink, window, scale):
     strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3])
     by_query, by_key, by_sink = (_tiles(name, q) for name in ("stream_dq", "stream_dkdv", "stream_sinks"))
     launch(
-        stream_dq, (triton.cdiv(tokens, by_query["M"]), heads, batch), q, k, v, out, dout, starts, lse, delta, dq,
+        stream_dq, (_ceil_div(tokens, by_query["M"]), heads, batch), q, k, v, out, dout, starts, lse, delta, dq,
         *strides, *out.stride()[:3], *dout.stride()[:3], heads, per_group, tokens, sink, window, scale, scale * LOG2_E,
         PACKED=packed, **widths, **by_query,
     )  # fmt: skip
-    chunks = triton.cdiv(tokens, by_sink["CHUNK"])
+    chunks = _ceil_div(tokens, by_sink["CHUNK"])
     part_k, part_v = (empty((batch, groups, chunks, sink, width), torch.float32, q.device) for _ in range(2))
     launch(
-        stream_sinks, (chunks, triton.cdiv(sink, by_sink["N"]), batch * groups), q, k, v, dout, starts, lse, delta, part_k, part_v,
+        stream_sinks, (chunks, _ceil_div(sink, by_sink["N"]), batch * groups), q, k, v, dout, starts, lse, delta, part_k, part_v,
         *strides, *dout.stride()[:3], heads, per_group, tokens, sink, window, scale * LOG2_E,
         PACKED=packed, **widths, **by_sink,
     )  # fmt: skip
     launch(
-        stream_dkdv, (triton.cdiv(tokens, by_key["N"]), groups, batch), q, k, v, dout, starts, lse, delta, part_k, part_v, dk, dv,
+        stream_dkdv, (_ceil_div(tokens, by_key["N"]), groups, batch), q, k, v, dout, starts, lse, delta, part_k, part_v, dk, dv,
         *strides, *dout.stride()[:3], *dk.stride()[:3],
         heads, per_group, tokens, chunks, sink, window, scale, scale * LOG2_E,
         PACKED=packed, SINKS=sink > 0, CHUNK=by_sink["CHUNK"], **widths, **by_key,
@@ -132,10 +135,10 @@ def _fake_backward(q, k, v, starts, out, lse, dout, sink, window, scale):
 def _launch_step(q, keys, values, counts, scale):
     (batch, heads, width), (groups, slots) = q.shape, keys.shape[1:3]
     chosen, per_group = _tiles("stream_step", q), heads // groups
-    columns = groups * triton.cdiv(per_group, chosen["M"])
-    splits = max(1, min(triton.cdiv(PROGRAMS, max(1, batch * columns)), slots // LEAST_SLOTS))
-    share = triton.cdiv(triton.cdiv(slots, splits), chosen["N"]) * chosen["N"]
-    splits = triton.cdiv(slots, share)
+    columns = groups * _ceil_div(per_group, chosen["M"])
+    splits = max(1, min(_ceil_div(PROGRAMS, max(1, batch * columns)), slots // LEAST_SLOTS))
+    share = _ceil_div(_ceil_div(slots, splits), chosen["N"]) * chosen["N"]
+    splits = _ceil_div(slots, share)
     out = empty((batch, heads, width), q.dtype, q.device)
     part, lse = out, None
     if splits > 1:
@@ -150,7 +153,7 @@ def _launch_step(q, keys, values, counts, scale):
         blocks = {name: size for name, size in _widths(q).items() if name != "PRECISION"}
         launch(
             stream_combine, (heads, batch), part, lse, out, heads, splits,
-            BLOCK_SPLITS=triton.next_power_of_2(splits), **blocks, **_tiles("stream_combine", q),
+            BLOCK_SPLITS=1 << (splits - 1).bit_length(), **blocks, **_tiles("stream_combine", q),
         )  # fmt: skip
     return out
 
