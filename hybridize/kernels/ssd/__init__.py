@@ -14,6 +14,7 @@ N state dim.
 import torch
 
 from hybridize.errors import ConfigError
+from hybridize.kernels._core.dispatch import fast_path
 from hybridize.kernels.chunks import compute_dtype, no_autocast
 from hybridize.kernels.ssd.torch_impl import ssd_chunked
 
@@ -34,6 +35,7 @@ def ssd(
     state_BHPN=None,
     segments_BT=None,
     chunk=None,
+    impl="auto",
 ):
     """Run the scan over T tokens; return outputs and the state after the last token.
 
@@ -52,17 +54,21 @@ def ssd(
             the id differs from that of the token before. `state_BHPN` belongs to the document of
             the first token.
         chunk: tokens per chunk; None takes 32 without and 64 with gradients. It changes the speed,
-            not the result.
+            not the result. Triton takes its own.
+        impl: "auto" (Triton on CUDA where its kernels take these inputs), "torch" or "triton".
 
     Returns:
         y_BTHP: outputs, [B, T, H, P], dtype of x.
         state_BHPN: state after the last token, fp32 (fp64 for fp64 values).
 
     Raises:
-        ConfigError: a shape, a dtype, head counts that do not divide H, or a chunk below 1.
+        ConfigError: a shape, a dtype, head counts that do not divide H, a chunk below 1, or an
+            `impl` that cannot run.
 
     Numerics: products, states, decays in fp32 (fp64 for fp64 values), log decays summed in fp64.
         Relative RMS error against the fp64 recurrence, fp32: about 1e-7, gradients about 3e-7.
+        Triton multiplies half precision operands as they are, sums in fp32, and keeps the states
+        between chunks in the dtype of x.
     Cost: O(T L (P + N) + T P N) per head for chunks of L; training keeps T/L states per head.
         Differentiable once, in every floating argument.
     Source: Dao, Gu, arXiv 2405.21060, eq. 2 and section 6; own derivation of the backward.
@@ -83,7 +89,10 @@ def ssd(
         raise ConfigError(f"run ssd: chunk: got {chunk}, expected at least 1.")
     if dt_BTH.shape[1] == 0:
         return _no_tokens(x_BTXP, dt_BTH, B_BTGN, state_BHPN)
-    return ssd_chunked(x_BTXP, dt_BTH, A_H, B_BTGN, C_BTMN, D_H, state_BHPN, segments_BT, int(chunk))
+    arguments = (x_BTXP, dt_BTH, A_H, B_BTGN, C_BTMN, D_H, state_BHPN, segments_BT, int(chunk))
+    if fast := fast_path("ssd", "ssd", impl, *arguments):
+        return fast(*arguments)
+    return ssd_chunked(*arguments)
 
 
 @torch.no_grad()
