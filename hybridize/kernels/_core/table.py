@@ -8,6 +8,8 @@ from hybridize.kernels._core.spec import OpSpec
 
 SPECS = {
     "gated_rms_norm": "hybridize.kernels.gated_norm.spec:GATED_NORM",
+    "ssd": "hybridize.kernels.ssd.spec:SSD",
+    "ssd_step": "hybridize.kernels.ssd.spec:SSD_STEP",
 }
 
 

@@ -15,8 +15,8 @@ import torch
 
 from hybridize.errors import ConfigError
 from hybridize.kernels._core.dispatch import fast_path
-from hybridize.kernels.chunks import compute_dtype, no_autocast
-from hybridize.kernels.ssd.torch_impl import ssd_chunked
+from hybridize.kernels.chunks import compute_dtype
+from hybridize.kernels.ssd.torch_impl import ssd_chunked, ssd_step_torch
 
 __all__ = ["ssd", "ssd_step"]
 
@@ -96,7 +96,7 @@ def ssd(
 
 
 @torch.no_grad()
-def ssd_step(x_BXP, dt_BH, A_H, B_BGN, C_BMN, D_H, state_BHPN):
+def ssd_step(x_BXP, dt_BH, A_H, B_BGN, C_BMN, D_H, state_BHPN, rows_B=None, impl="auto"):
     """Run the scan over one token, updating the state in place. Not differentiable.
 
     Args:
@@ -107,37 +107,30 @@ def ssd_step(x_BXP, dt_BH, A_H, B_BGN, C_BMN, D_H, state_BHPN):
         C_BMN: output maps, [B, M, N], dtype of x.
         D_H: skip weights, [H], or None.
         state_BHPN: state, [B, H, P, N], fp32 (fp64 for fp64 values); overwritten.
+        rows_B: integers, [B]: which row of `state_BHPN` each row of the batch goes on with, each row at
+            most once. The state then has any number of rows. -1 leaves a row of the batch out: its outputs
+            are 0, and no state changes. None is one state for each row of the batch, in order.
+        impl: "auto" (Triton on CUDA where its kernel takes these inputs), "torch" or "triton".
 
     Returns:
         y_BHP: outputs, [B, H, P], dtype of x.
 
     Raises:
-        ConfigError: a shape, a dtype, or head counts that do not divide H.
+        ConfigError: a shape, a dtype, head counts that do not divide H, an `impl` that cannot run; on the CPU
+            also rows that there are not, or twice. On a GPU that would wait for it: such a row gives NaN.
 
     Numerics: as `ssd`.
     Cost: one read and write of the state, O(P N) per head.
     Source: Dao, Gu, arXiv 2405.21060, eq. 2.
     """
     _check_heads("ssd_step", x_BXP, dt_BH, A_H, B_BGN, C_BMN, D_H, leading=1)
-    _check_state("ssd_step", x_BXP, dt_BH, B_BGN, state_BHPN, required=True)
-    dtype = state_BHPN.dtype
-    (G, M), heads_per_x = (
-        (B_BGN.shape[1], C_BMN.shape[1]),
-        dt_BH.shape[1] // x_BXP.shape[1],
-    )
-    dt = dt_BH.to(dtype)
-    x = x_BXP.to(dtype)[:, :, None].expand(-1, -1, heads_per_x, -1).flatten(1, 2)
-    decay = torch.exp(dt * A_H.to(dtype))
-    state_BHPN.mul_(decay[..., None, None])
-    grouped = state_BHPN.unflatten(1, (G, -1))
-    dtx = (x * dt[..., None]).unflatten(1, (G, -1))
-    grouped.addcmul_(dtx[..., None], B_BGN.to(dtype)[:, :, None, None, :])
-    rows = state_BHPN.unflatten(1, (M, -1)).flatten(2, 3)
-    with no_autocast(x):
-        y = torch.matmul(rows, C_BMN.to(dtype)[..., None]).view(x.shape)
-    if D_H is not None:
-        y = y.addcmul_(x, D_H.to(dtype)[:, None])
-    return y.to(x_BXP.dtype)
+    _check_rows(x_BXP, state_BHPN, rows_B)
+    rows = x_BXP.shape[0] if rows_B is None or state_BHPN is None else state_BHPN.shape[0]
+    _check_state("ssd_step", x_BXP, dt_BH, B_BGN, state_BHPN, required=True, rows=rows)
+    arguments = (x_BXP, dt_BH, A_H, B_BGN, C_BMN, D_H, state_BHPN, rows_B)
+    if fast := fast_path("ssd", "ssd_step", impl, *arguments):
+        return fast(*arguments)
+    return ssd_step_torch(*arguments)
 
 
 def _no_tokens(x_BTXP, dt_BTH, B_BTGN, state_BHPN):
@@ -176,10 +169,25 @@ def _check_heads(op, x, dt, A_H, B, C, D_H, leading):
             )
 
 
-def _check_state(op, x, dt, B, state_BHPN, required=False):
+def _check_rows(x, state_BHPN, rows_B):
+    if rows_B is None:
+        return
+    if tuple(rows_B.shape) != tuple(x.shape[:1]) or rows_B.dtype not in (torch.int32, torch.int64):
+        raise ConfigError(
+            f"run ssd_step: rows_B: got {rows_B.dtype} {tuple(rows_B.shape)}, "
+            f"expected int32 or int64 of shape {tuple(x.shape[:1])}."
+        )
+    if rows_B.device.type == "cpu" and not torch.compiler.is_compiling():
+        kept = [row for row in rows_B.tolist() if row != -1]
+        states = 0 if state_BHPN is None else state_BHPN.shape[0]
+        if len(set(kept)) < len(kept) or any(not 0 <= row < states for row in kept):
+            raise ConfigError(f"run ssd_step: rows_B: got {rows_B.tolist()}, expected rows of {states} states, each once, or -1.")
+
+
+def _check_state(op, x, dt, B, state_BHPN, required=False, rows=None):
     if state_BHPN is None and not required:
         return
-    shape = (x.shape[0], dt.shape[-1], x.shape[-1], B.shape[-1])
+    shape = (x.shape[0] if rows is None else rows, dt.shape[-1], x.shape[-1], B.shape[-1])
     dtype = compute_dtype(x.dtype)
     if state_BHPN is None or tuple(state_BHPN.shape) != shape or state_BHPN.dtype != dtype:
         got = "None" if state_BHPN is None else f"{state_BHPN.dtype} {tuple(state_BHPN.shape)}"
