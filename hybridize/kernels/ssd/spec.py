@@ -19,14 +19,20 @@ def projected(sizes, lead, dtype, device, generator):
     return [one.unflatten(-1, part) for one, part in zip(cut, parts, strict=True)]
 
 
+def drawn_state(sizes, rows, heads, dtype, device, generator):
+    """fp32, or fp64 for fp64 values."""
+    shape = (rows, heads, sizes["P"], sizes["N"])
+    return draw(shape, torch.float64 if dtype == torch.float64 else torch.float32, device, generator)
+
+
 def rates(sizes, lead, device, generator):
-    """dt and A. hard 1: log decays of -50, -1e-4, 0 and -1 side by side."""
+    """dt and A. hard 1: log decays of -400, -8e-4, 0 and -8 side by side."""
     heads = max(sizes[name] for name in "XGM")
     dt = F.softplus(draw((*lead, heads), torch.float32, device, generator) - 1)
     A = -torch.exp(draw((heads,), torch.float32, device, generator))
     if sizes.get("hard"):
         choices = torch.tensor([50.0, 1e-4, 0.0, 1.0], device=device)
-        dt, A = choices[torch.randint(0, 4, dt.shape, generator=generator)], torch.full_like(A, -1.0)
+        dt, A = choices[torch.randint(0, 4, dt.shape, generator=generator)], torch.full_like(A, -8.0)
     return dt, A
 
 
@@ -46,7 +52,7 @@ def make_inputs(sizes, dtype, device, seed):
     return {
         "x_BTXP": x, "dt_BTH": dt, "A_H": A, "B_BTGN": B / sizes["N"] ** 0.5, "C_BTMN": C,
         "D_H": draw((heads,), torch.float32, device, g) if sizes.get("skip", 1) else None,
-        "state_BHPN": draw((sizes["B"], heads, sizes["P"], sizes["N"]), torch.float32, device, g) if sizes.get("state") else None,
+        "state_BHPN": drawn_state(sizes, sizes["B"], heads, dtype, device, g) if sizes.get("state") else None,
         "segments_BT": segments,
     }  # fmt: skip
 
@@ -64,9 +70,7 @@ def make_step_inputs(sizes, dtype, device, seed):
     return {
         "x_BXP": x, "dt_BH": dt, "A_H": A, "B_BGN": B / sizes["N"] ** 0.5, "C_BMN": C,
         "D_H": draw((len(A),), torch.float32, device, g) if sizes.get("skip", 1) else None,
-        "state_BHPN": draw((states or batch, len(A), sizes["P"], sizes["N"]), torch.float32, device, g).to(
-            torch.float64 if dtype == torch.float64 else torch.float32
-        ),
+        "state_BHPN": drawn_state(sizes, states or batch, len(A), dtype, device, g),
         "rows_B": rows,
     }  # fmt: skip
 
@@ -243,7 +247,10 @@ SSD = OpSpec(
         "ssd_decays": {"L": 32, "HEADS": 2},
         "ssd_states": {"BLOCK_P": 16, "BLOCK_N": 16},
         "ssd_backward_states": {"BLOCK_P": 16, "BLOCK_N": 16},
-        **{name: {"ROWS": 16} for name in ("ssd_outputs", "ssd_backward_values", "ssd_backward_writes", "ssd_backward_reads")},
+        "ssd_outputs": {"ROWS": 16},
+        "ssd_backward_values": {"ROWS": 16, "BLOCK_P": 16},
+        "ssd_backward_writes": {"ROWS": 16, "BLOCK_N": 16},
+        "ssd_backward_reads": {"ROWS": 16},
     },
     invariants={
         "two runs equal one": two_runs_equal_one,
@@ -259,10 +266,14 @@ SSD = OpSpec(
         Bug("out = kdot(read, tl.trans(state), PRECISION) * into_decay(words, segments, tokens, start, start + i)[:, None]",
             "out = kdot(read, tl.trans(state), PRECISION)", ("two chunks",)),
         Bug("allowed = later >= earlier", "allowed = later > earlier", ("two chunks",)),
-        Bug("C += batch * C_b + h // C_group * C_h + first * C_t", "C += batch * C_b + h % (heads // C_group) * C_h + first * C_t",
+        Bug("C += batch * C_b + h // C_group * C_h + first * C_t",
+            "C += batch * C_b + h % (heads // C_group) * C_h + first * C_t",
             ("most heads are of B",)),
         Bug("        running = running * passed\n", "        running = running\n", ("two chunks",)),
         Bug("total += dz * step[:, None]", "total = dz * step[:, None]", ("two chunks",)),
+        Bug("p, n = tl.arange(0, BLOCK_P), part * BLOCK_N + tl.arange(0, BLOCK_N)",
+            "p, n = tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_N)",
+            ("three head counts",)),
         Bug("weight = step * out_decay(own", "weight = out_decay(own", ("two chunks",)),
         Bug("tl.where(i[:, None] > j[None, :], upto, 0.0)", "tl.where(i[:, None] >= j[None, :], upto, 0.0)", ("two chunks",)),
         Bug("mask=token // ROWS <= row", "mask=token // ROWS == row", ("two chunks",)),

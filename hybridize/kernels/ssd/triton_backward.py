@@ -1,17 +1,17 @@
 """The backward of `ssd` in Triton. It reads the inputs and the states before the chunks, and works out the rest again.
 
 With c the running log decay of a chunk, h and h' the states around it, dh and dh' their gradients, W_ij the decay from j to i:
-    dz_j = sum_i (C_i . B_j) W_ij dy_i + e^(c_L - c_j) dh' B_j                  for z = dt x, so that dx = dt dz, ddt = x . dz + ...
+    dz_j = sum_i (C_i . B_j) W_ij dy_i + e^(c_L - c_j) dh' B_j          for z = dt x: dx = dt dz, and x . dz is part of ddt
     dB_j = dt_j (sum_i (dy_i . x_j) W_ij C_i + e^(c_L - c_j) dh'^T x_j)
     dC_i = sum_j (dy_i . x_j) W_ij dt_j B_j + e^(c_i) h^T dy_i
     dh   = e^(c_L) dh' + sum_i e^(c_i) dy_i C_i^T
 Heads that share a head of x, B or C are summed by a loop in the program that owns it: per-head parts in fp32 would be as much
 traffic again as all the rest, and no two programs write one place, so results are the same in every run.
 
-The log decay of token t acts on each pair j < t <= i, on the way from h to i >= t, on that from j < t to h', and from h to h'. Its
-gradient is summed as these four, all partial sums running one way. Row sums minus column sums, as is usual, are equal in exact
-arithmetic, but beside a strong decay they subtract two large numbers to find one that is e^-50 of them, which dt = 50 then
-multiplies. Sums that leave token t out are stored one place further on, instead of being taken off again.
+The log decay of token t acts on each pair j < t <= i, on the way from h to i >= t, on that from j < t to h', and from h to h'.
+Its gradient is summed as these four, all partial sums running one way. Row sums minus column sums, as is usual, are equal in
+exact arithmetic, but beside a strong decay they subtract two large numbers to find one that is e^-50 of them, which dt = 50
+then multiplies. Sums that leave token t out are stored one place further on, instead of being taken off again.
 
 Letters: as in triton_forward.py.
 """
@@ -28,7 +28,6 @@ from hybridize.kernels.ssd.triton_forward import (
     chunk_tokens,
     decays,
     dense,
-    documents,
     into_decay,
     out_decay,
     pair_decay,
@@ -44,8 +43,8 @@ from hybridize.kernels.ssd.triton_forward import (
 @triton.jit
 def ssd_backward_states(
     dy, C, words, segments, states, dlast, dstates, dfirst, through,
-    tokens, padded, chunks, heads, P, N, C_group, dy_b, dy_t, dy_h, C_b, C_t, C_h,
-    L: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
+    tokens, padded, chunks, heads, C_group, dy_b, dy_t, dy_h, C_b, C_t, C_h,
+    P: tl.constexpr, N: tl.constexpr, L: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Gradients of the states behind each chunk, from the last to the first, and of the first state.
 
@@ -90,24 +89,27 @@ def ssd_backward_states(
 @triton.jit
 def ssd_backward_values(
     x, B, C, D, dy, words, segments, dstates, dx, sums, dD,
-    tokens, padded, chunks, heads, P, N, x_group, B_group, C_group,
+    tokens, padded, chunks, heads, x_group, B_group, C_group,
     x_b, x_t, x_h, B_b, B_t, B_h, C_b, C_t, C_h, dy_b, dy_t, dy_h,
-    L: tl.constexpr, ROWS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
+    P: tl.constexpr, N: tl.constexpr, L: tl.constexpr, ROWS: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dx of ROWS tokens of a head of x; of each output head that reads it, into sums[b, h]: x . dz, and what goes to the state.
 
-    dD[b, h, tile] is the tile's part. Grid: (tiles of tokens, heads of x, batch).
+    A program takes BLOCK_P of P, and its part of the sums is sums[part]; dD[b, h] has a number of each program.
+    Grid: (tiles of tokens * tiles of P, heads of x, batch).
     """
-    tile = tl.program_id(0)
+    parts: tl.constexpr = (P + BLOCK_P - 1) // BLOCK_P
+    tile, part = tl.program_id(0) // parts, tl.program_id(0) % parts
     batch = tl.cast(tl.program_id(2), tl.int64)
     chunk, column = tile // (L // ROWS), tile % (L // ROWS)
     start = chunk * L
     here = tl.arange(0, ROWS)
-    p, n = tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_N)
+    p, n = part * BLOCK_P + tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_N)
     first = tl.cast(start, tl.int64)
     left = tokens - start
     j = column * ROWS + here
-    values = rows_of(x + batch * x_b + tl.program_id(1) * x_h + first * x_t, j, x_t, p, left, P)
+    value_rows = x + batch * x_b + tl.program_id(1) * x_h + first * x_t
     if segments is not None:
         segments += batch * tokens
     total = tl.zeros((ROWS, BLOCK_P), dtype=tl.float32)
@@ -119,7 +121,10 @@ def ssd_backward_values(
         dstate = state_of(dstates + ((batch * heads + h) * chunks + chunk) * P * N, p, n, P, N)
         dz = kdot(maps, tl.trans(dstate), PRECISION)
         dz = dz * out_decay(own, segments, tokens, padded, start + L - 1, start + j)[:, None]
-        out = tl.sum(dz * values.to(tl.float32), axis=1) * step
+        # x is read anew where it is needed: its tile is not to lie in registers meanwhile.
+        into_sums = sums + ((part * tl.num_programs(2) + batch) * heads + h) * 2 * padded + start + j
+        values = rows_of(value_rows, j, x_t, p, left, P).to(tl.float32)
+        tl.store(into_sums + padded, tl.sum(dz * values, axis=1) * step)
         upper_rows = dy + batch * dy_b + h * dy_h + first * dy_t
         read_rows = C + batch * C_b + h // C_group * C_h + first * C_t
         for row in range(column, L // ROWS):
@@ -130,15 +135,14 @@ def ssd_backward_values(
             decay = pair_decay(own, padded, start + i[None, :], start + j[:, None], allowed)
             scores = kdot(maps, tl.trans(read), PRECISION) * decay
             dz += kdot(scores.to(upper.dtype), upper, PRECISION)
-        into_sums = sums + (batch * heads + h) * 2 * padded + start + j
-        tl.store(into_sums, tl.sum(dz * values.to(tl.float32), axis=1))
-        tl.store(into_sums + padded, out)
+        values = rows_of(value_rows, j, x_t, p, left, P).to(tl.float32)
+        tl.store(into_sums, tl.sum(dz * values, axis=1))
         total += dz * step[:, None]
         if D is not None:
             upper = rows_of(upper_rows, j, dy_t, p, left, P).to(tl.float32)
             total += tl.load(D + h).to(tl.float32) * upper
-            skipped = tl.sum(tl.sum(upper * values.to(tl.float32), axis=1), axis=0)
-            tl.store(dD + (batch * heads + h) * tl.num_programs(0) + tile, skipped)
+            skipped = tl.sum(tl.sum(upper * values, axis=1), axis=0)
+            tl.store(dD + (batch * heads + h) * tl.num_programs(0) + tl.program_id(0), skipped)
     valid = (j[:, None] < left) & (p[None, :] < P)
     at = ((batch * tokens + start + j[:, None]) * tl.num_programs(1) + tl.program_id(1)) * P + p[None, :]
     tl.store(dx + at, total.to(dx.dtype.element_ty), mask=valid)
@@ -147,17 +151,19 @@ def ssd_backward_values(
 @triton.jit
 def ssd_backward_writes(
     x, C, dy, words, segments, dstates, dB,
-    tokens, padded, chunks, heads, P, N, x_group, B_group, C_group,
+    tokens, padded, chunks, heads, x_group, B_group, C_group,
     x_b, x_t, x_h, C_b, C_t, C_h, dy_b, dy_t, dy_h,
-    L: tl.constexpr, ROWS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
+    P: tl.constexpr, N: tl.constexpr, L: tl.constexpr, ROWS: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dB of ROWS tokens of a head of B. Grid: (tiles of tokens, heads of B, batch)."""
-    tile = tl.program_id(0)
+    """dB of ROWS tokens and BLOCK_N of N, of a head of B. Grid: (tiles of tokens * tiles of N, heads of B, batch)."""
+    parts: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
+    tile, part = tl.program_id(0) // parts, tl.program_id(0) % parts
     batch = tl.cast(tl.program_id(2), tl.int64)
     chunk, column = tile // (L // ROWS), tile % (L // ROWS)
     start = chunk * L
     here = tl.arange(0, ROWS)
-    p, n = tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_N)
+    p, n = tl.arange(0, BLOCK_P), part * BLOCK_N + tl.arange(0, BLOCK_N)
     first = tl.cast(start, tl.int64)
     left = tokens - start
     j = column * ROWS + here
@@ -190,9 +196,10 @@ def ssd_backward_writes(
 @triton.jit
 def ssd_backward_reads(
     x, B, C, dy, words, segments, states, dC, parts,
-    tokens, padded, chunks, heads, P, N, x_group, B_group, C_group,
+    tokens, padded, chunks, heads, x_group, B_group, C_group,
     x_b, x_t, x_h, B_b, B_t, B_h, C_b, C_t, C_h, dy_b, dy_t, dy_h,
-    L: tl.constexpr, ROWS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
+    P: tl.constexpr, N: tl.constexpr, L: tl.constexpr, ROWS: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dC of ROWS tokens i of a head of C, and what these tokens give to the log decays up to them.
 
@@ -208,7 +215,8 @@ def ssd_backward_reads(
     first = tl.cast(start, tl.int64)
     left = tokens - start
     i = row * ROWS + here
-    read = rows_of(C + batch * C_b + tl.program_id(1) * C_h + first * C_t, i, C_t, n, left, N)
+    read_rows = C + batch * C_b + tl.program_id(1) * C_h + first * C_t
+    read = rows_of(read_rows, i, C_t, n, left, N)
     if segments is not None:
         segments += batch * tokens
     total = tl.zeros((ROWS, BLOCK_N), dtype=tl.float32)
@@ -220,7 +228,7 @@ def ssd_backward_reads(
         from_state = kdot(upper, state, PRECISION) * into_decay(own, segments, tokens, start, start + i)[:, None]
         total += from_state
         # What reaches each token i from before the tile that the loop is at.
-        reached = tl.sum(from_state * read.to(tl.float32), axis=1)
+        reached = tl.sum(from_state * rows_of(read_rows, i, C_t, n, left, N).to(tl.float32), axis=1)
         value_rows = x + batch * x_b + h // x_group * x_h + first * x_t
         map_rows = B + batch * B_b + h // B_group * B_h + first * B_t
         into_parts = parts + ((batch * heads + h) * (L // ROWS) + row) * padded + start
@@ -247,7 +255,7 @@ def ssd_backward_reads(
 
 @triton.jit
 def ssd_backward_decays(
-    A, words, parts, sums, through, ddt, dA, tokens, padded, heads, tiles_of_state,
+    A, words, parts, sums, through, ddt, dA, tokens, padded, heads, parts_of_sums, tiles_of_state,
     L: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """ddt [B, T, H], and dA[b, h, chunk] of each chunk. Grid: (chunks, batch * heads)."""
@@ -255,9 +263,14 @@ def ssd_backward_decays(
     batch, h = bh // heads, bh % heads
     start = tl.program_id(0) * L
     token = tl.arange(0, L)
-    own = sums + bh * 2 * padded + start + token
-    # The sum over earlier tokens: token t reads that of t - 1.
-    dlog = tl.cumsum(tl.load(own + padded - 1, mask=token > 0, other=0.0), axis=0)
+    direct = tl.zeros((L,), dtype=tl.float32)
+    out = tl.zeros((L,), dtype=tl.float32)
+    for part in range(0, parts_of_sums):
+        own = sums + (part * tl.cast(tl.num_programs(1), tl.int64) + bh) * 2 * padded + start + token
+        direct += tl.load(own)
+        out += tl.load(own + padded - 1, mask=token > 0, other=0.0)
+    # The sum over earlier tokens: token t has read that of t - 1.
+    dlog = tl.cumsum(out, axis=0)
     for row in range(0, L // ROWS):
         at = parts + (bh * (L // ROWS) + row) * padded + start + token
         dlog += tl.load(at, mask=token // ROWS <= row, other=0.0)
@@ -266,14 +279,14 @@ def ssd_backward_decays(
         dlog += tl.load(through + chunk)
     step = tl.load(words + bh * 3 * padded + 2 * padded + start + token)
     valid = start + token < tokens
-    grad = tl.load(own) + tl.load(A + h).to(tl.float32) * dlog
+    grad = direct + tl.load(A + h).to(tl.float32) * dlog
     tl.store(ddt + (batch * tokens + start + token) * heads + h, grad.to(ddt.dtype.element_ty), mask=valid)
     # Behind the last token dt is 0.
     tl.store(dA + bh * tl.num_programs(0) + tl.program_id(0), tl.sum(dlog * step, axis=0))
 
 
 def backward(dy, dlast, x, dt, A, B, C, D, segments, states, wants_first):
-    """Gradients (x, dt, A, B, C, D or an empty one, first state or an empty one), each in the dtype of its input, states' in fp32.
+    """Gradients of x, dt, A, B, C, D and the first state, in the dtypes of these; where there is none, an empty tensor.
 
     `dy` and `dlast` are those of the outputs and of the last state; `states` is what `forward` returned.
     """
@@ -282,9 +295,9 @@ def backward(dy, dlast, x, dt, A, B, C, D, segments, states, wants_first):
     (batch, tokens, heads), L, like = dt.shape, chunk_tokens(x, P, N), {"P": P, "N": N, "BYTES": x.element_size()}
     chunks, words = triton.cdiv(tokens, L), decays(dt, A, L)
     padded = chunks * L
-    counts = (tokens, padded, chunks, heads, P, N)
+    counts = (tokens, padded, chunks, heads)
     x_s, B_s, C_s, dy_s = (t.stride()[:3] for t in (x, B, C, dy))
-    blocks, common = {"BLOCK_P": block(P), "BLOCK_N": block(N)}, {"L": L, "PRECISION": precision(x.dtype)}
+    blocks, common = {"BLOCK_P": block(P), "BLOCK_N": block(N)}, {"P": P, "N": N, "L": L, "PRECISION": precision(x.dtype)}
     first_shape = (batch, heads, P, N) if wants_first else (0,)
 
     def scratch(*shape):
@@ -300,20 +313,22 @@ def backward(dy, dlast, x, dt, A, B, C, D, segments, states, wants_first):
     launch(ssd_backward_states, (batch * heads, *over), *inputs, *counts, C_group, *dy_s, *C_s, **common, **row)
 
     dx, dB, dC = (empty(t.shape, t.dtype, x.device) for t in (x, B, C))
-    ddt, sums, groups = empty(dt.shape, dt.dtype, x.device), scratch(batch, heads, 2, padded), (x_group, B_group, C_group)
-    row = tiles("ssd_backward_values", x.device, **like)
-    tiles_of_tokens = chunks * (L // row["ROWS"])
-    dD_parts = scratch(batch, heads, tiles_of_tokens) if D is not None else None
+    ddt, groups = empty(dt.shape, dt.dtype, x.device), (x_group, B_group, C_group)
+    row = blocks | tiles("ssd_backward_values", x.device, **like)
+    row["BLOCK_P"] = min(row["BLOCK_P"], block(P))
+    sums = scratch(triton.cdiv(P, row["BLOCK_P"]), batch, heads, 2, padded)
+    grid = (chunks * (L // row["ROWS"]) * sums.shape[0], x.shape[2], batch)
+    dD_parts = scratch(batch, heads, grid[0]) if D is not None else None
     inputs = (x, B, C, D, dy, words, segments, dstates, dx, sums, dD_parts)
-    grid = (tiles_of_tokens, x.shape[2], batch)
-    launch(ssd_backward_values, grid, *inputs, *counts, *groups, *x_s, *B_s, *C_s, *dy_s, **common, **blocks, **row)
+    launch(ssd_backward_values, grid, *inputs, *counts, *groups, *x_s, *B_s, *C_s, *dy_s, **common, **row)
 
-    row = tiles("ssd_backward_writes", x.device, **like)
-    grid = (chunks * (L // row["ROWS"]), B.shape[2], batch)
+    row = blocks | tiles("ssd_backward_writes", x.device, **like)
+    row["BLOCK_N"] = min(row["BLOCK_N"], block(N))
+    grid = (chunks * (L // row["ROWS"]) * triton.cdiv(N, row["BLOCK_N"]), B.shape[2], batch)
     inputs = (x, C, dy, words, segments, dstates, dB)
-    launch(ssd_backward_writes, grid, *inputs, *counts, *groups, *x_s, *C_s, *dy_s, **common, **blocks, **row)
+    launch(ssd_backward_writes, grid, *inputs, *counts, *groups, *x_s, *C_s, *dy_s, **common, **row)
 
-    row = tiles("ssd_backward_reads", x.device, **like)
+    row = tiles("ssd_backward_reads", x.device, C_GROUP=C_group, **like)
     parts = scratch(batch, heads, L // row["ROWS"], padded)
     grid = (chunks * (L // row["ROWS"]), C.shape[2], batch)
     inputs = (x, B, C, dy, words, segments, states, dC, parts)
@@ -323,7 +338,17 @@ def backward(dy, dlast, x, dt, A, B, C, D, segments, states, wants_first):
     row = tiles("ssd_backward_decays", x.device, **like)
     inputs = (A, words, parts, sums, through, ddt, dA_parts)
     launch(
-        ssd_backward_decays, (chunks, batch * heads), *inputs, tokens, padded, heads, through.shape[0], L=L, ROWS=rows, **row
+        ssd_backward_decays,
+        (chunks, batch * heads),
+        *inputs,
+        tokens,
+        padded,
+        heads,
+        len(sums),
+        len(through),
+        L=L,
+        ROWS=rows,
+        **row,
     )
 
     dA = dA_parts.sum((0, 2), dtype=torch.float64).to(A.dtype)
@@ -335,4 +360,4 @@ def backward_fake(dy, dlast, x, dt, A, B, C, D, segments, states, wants_first):
     """Empty results of `backward`."""
     dD = x.new_empty(0) if D is None else D.new_empty(D.shape)
     dfirst = states.new_empty(dlast.shape if wants_first else (0,), dtype=torch.float32)
-    return x.new_empty(x.shape), dt.new_empty(dt.shape), A.new_empty(A.shape), B.new_empty(B.shape), C.new_empty(C.shape), dD, dfirst
+    return *(t.new_empty(t.shape) for t in (x, dt, A, B, C)), dD, dfirst

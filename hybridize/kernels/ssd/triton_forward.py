@@ -99,14 +99,14 @@ def pairs_allowed(segments, tokens, later, earlier):
 
 
 @triton.jit
-def rows_of(pointer, token, token_stride, column, tokens, columns):
+def rows_of(pointer, token, token_stride, column, tokens, columns: tl.constexpr):
     """Tokens x columns of a tensor, 0 outside."""
     valid = (token[:, None] < tokens) & (column[None, :] < columns)
     return tl.load(pointer + token[:, None] * token_stride + column[None, :], mask=valid, other=0.0)
 
 
 @triton.jit
-def state_of(pointer, p, n, P, N):
+def state_of(pointer, p, n, P: tl.constexpr, N: tl.constexpr):
     """A tile of a P x N state, 0 outside."""
     return tl.load(pointer + p[:, None] * N + n[None, :], mask=(p[:, None] < P) & (n[None, :] < N), other=0.0)
 
@@ -114,8 +114,8 @@ def state_of(pointer, p, n, P, N):
 @triton.jit
 def ssd_states(
     x, B, words, segments, first, states, last,
-    tokens, padded, chunks, heads, P, N, x_group, B_group, x_b, x_t, x_h, B_b, B_t, B_h,
-    L: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
+    tokens, padded, chunks, heads, x_group, B_group, x_b, x_t, x_h, B_b, B_t, B_h,
+    P: tl.constexpr, N: tl.constexpr, L: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """States before each chunk, [B, H, chunks, P, N], and behind the last. Grid: (batch * heads, tiles of P, tiles of N)."""
     bh = tl.cast(tl.program_id(0), tl.int64)
@@ -148,8 +148,9 @@ def ssd_states(
 @triton.jit
 def ssd_outputs(
     x, B, C, D, words, segments, states, y,
-    tokens, padded, chunks, heads, P, N, x_group, B_group, C_group, x_b, x_t, x_h, B_b, B_t, B_h, C_b, C_t, C_h,
-    L: tl.constexpr, ROWS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
+    tokens, padded, chunks, heads, x_group, B_group, C_group, x_b, x_t, x_h, B_b, B_t, B_h, C_b, C_t, C_h,
+    P: tl.constexpr, N: tl.constexpr, L: tl.constexpr, ROWS: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """y of ROWS tokens of a head. Grid: (tiles of tokens, heads, batch)."""
     tile = tl.program_id(0)
@@ -189,8 +190,8 @@ def ssd_outputs(
 @triton.jit
 def ssd_one_token(
     x, dt, A, B, C, D, state, slots, y,
-    states, heads, P, N, x_group, B_group, C_group, x_b, x_h, dt_b, dt_h, B_b, B_h, C_b, C_h, s_b, s_h, s_p,
-    ROWS: tl.constexpr, BLOCK_N: tl.constexpr,
+    states, heads, x_group, B_group, C_group, x_b, x_h, dt_b, dt_h, B_b, B_h, C_b, C_h, s_b, s_h, s_p,
+    P: tl.constexpr, N: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """One token; the state is read and written once. Grid: (tiles of P, heads, batch)."""
     h = tl.program_id(1)
@@ -266,10 +267,10 @@ def forward(x, dt, A, B, C, D, state, segments):
     P, N, x_group, B_group, C_group = sizes(x, dt, B, C)
     (batch, tokens, heads), L, like = dt.shape, chunk_tokens(x, P, N), {"P": P, "N": N, "BYTES": x.element_size()}
     chunks, segments, words = triton.cdiv(tokens, L), dense(segments), decays(dt, A, L)
-    counts = (tokens, chunks * L, chunks, heads, P, N)
+    counts = (tokens, chunks * L, chunks, heads)
     states = empty((batch, heads, chunks, P, N), x.dtype, x.device)
     last = empty((batch, heads, P, N), torch.float32, x.device)
-    common = {"L": L, "PRECISION": precision(x.dtype)}
+    common = {"P": P, "N": N, "L": L, "PRECISION": precision(x.dtype)}
 
     row = tiles("ssd_states", x.device, **like)
     row["BLOCK_P"], row["BLOCK_N"] = min(row["BLOCK_P"], block(P)), min(row["BLOCK_N"], block(N))
@@ -309,7 +310,19 @@ def step(x, dt, A, B, C, D, state, slots):
     inputs = (x, dt, dense(A), B, C, dense(D), state, dense(slots), y)
     strides = (*x.stride()[:2], *dt.stride(), *B.stride()[:2], *C.stride()[:2], *state.stride()[:3])
     launch(
-        ssd_one_token, grid, *inputs, state.shape[0], heads, P, N, x_group, B_group, C_group, *strides, BLOCK_N=block(N), **row
+        ssd_one_token,
+        grid,
+        *inputs,
+        state.shape[0],
+        heads,
+        x_group,
+        B_group,
+        C_group,
+        *strides,
+        P=P,
+        N=N,
+        BLOCK_N=block(N),
+        **row,
     )
     return y
 
