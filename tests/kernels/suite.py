@@ -137,11 +137,14 @@ def planted(spec, bug, folder):
         (folder / f"{stems[path.stem]}.py").write_text(text, encoding="utf-8")
     sys.path.insert(0, str(folder))
     importlib.invalidate_caches()
+    before = dispatch.MODULES.pop((spec.op, "triton"), None)
     try:
-        dispatch.REPLACED[spec.op, "triton"] = importlib.import_module(stems["triton_impl"])
+        dispatch.MODULES[spec.op, "triton"] = importlib.import_module(stems["triton_impl"])
         yield
     finally:
-        dispatch.REPLACED.pop((spec.op, "triton"), None)
+        dispatch.MODULES.pop((spec.op, "triton"), None)
+        if before is not None:
+            dispatch.MODULES[spec.op, "triton"] = before
         sys.path.remove(str(folder))
         for alias in stems.values():
             sys.modules.pop(alias, None)
