@@ -114,7 +114,10 @@ def check_invariant(spec, name, dtype, impl, device="cpu"):
 
     def make(**sizes):
         seed = sizes.pop("seed", 0)
-        return spec.make_inputs(sizes, dtype, device, seed)
+        inputs = spec.make_inputs(sizes, dtype, device, seed)
+        if dtype != torch.float64:
+            return inputs
+        return {k: v.double() if isinstance(v, torch.Tensor) and v.dtype.is_floating_point else v for k, v in inputs.items()}
 
     def close(actual, expected):
         assert_close(actual, expected, row)
