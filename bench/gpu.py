@@ -2,7 +2,7 @@
 
     python bench/gpu.py --out gpu [--kit wheels]
 
-`--kit` is a folder of wheels of the libraries to compare with (fla-core, einops, liger-kernel, flash-qla, mamba-ssm), for machines
+`--kit` is a folder of wheels of the libraries to compare with (fla-core, liger-kernel, flash-qla, mamba-ssm ...), for machines
 without a network: they are unpacked beside the run, and nothing is installed. What cannot be imported is a line of the table.
 Writes OUT/tests.txt, OUT/kernels.json and OUT/table.md, which is made to be pasted into dev/GPU.md.
 """
