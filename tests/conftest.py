@@ -26,6 +26,22 @@ def shared_data() -> Path:
     return data_root()
 
 
+def checked_but_not_awaited(handle) -> None:
+    """In place of os.fsync: an error where the handle is none, and no wait for the disk."""
+    os.fstat(handle)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_wait_for_the_disk():
+    """Files of tests outlive a killed process as the kernel has their bytes, and need not outlive the machine.
+
+    tests/test_storage.py and all processes that tests start have the real call.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", checked_but_not_awaited)
+        yield
+
+
 @pytest.fixture(autouse=True)
 def _steady():
     """One thread, a known seed, and fp32 as the default, whatever an earlier test left."""

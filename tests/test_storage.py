@@ -12,6 +12,14 @@ from hybridize import storage
 from hybridize.errors import ConfigError
 from hybridize.storage import LargeFile, Staging, disk_errors, file_sha256, require_space, write_json, write_text
 
+# Taken when this file is read, before the tests' own takes its place.
+FSYNC = os.fsync
+
+
+@pytest.fixture(autouse=True)
+def _real_fsync(monkeypatch):
+    monkeypatch.setattr(os, "fsync", FSYNC)
+
 
 def staged(out, resume=False, identity="job"):
     return Staging(out, resume, identity)

@@ -173,6 +173,7 @@ def test_calibrated_conversion_of_every_family(family, name, tmp_path):
     assert kls[0] < kls[1]
 
 
+@pytest.mark.slow
 @pytest.mark.data
 def test_real_model_before_any_training(shared_data, tmp_path):
     """stories260K, layer 3 of 5, a window of 16 in rows of 256."""

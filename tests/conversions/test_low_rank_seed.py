@@ -187,6 +187,7 @@ def test_text_is_asked_for_and_no_native_class_is_promised(tmp_path):
     assert "before the rotary embedding" in verdict["reason"]
 
 
+@pytest.mark.slow
 @pytest.mark.data
 def test_real_model_before_any_training(shared_data, tmp_path):
     """stories260K, every layer: a quarter of the cache, against both published methods at the same bytes."""

@@ -198,6 +198,7 @@ def test_a_tokenizer_that_is_not_the_bases_is_refused(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.data
 def test_real_model_before_any_training(shared_data, tmp_path):
     """stories260K, layers 1 and 3 of 5: the figures that the README quotes, with room for another machine's rounding."""
