@@ -26,20 +26,24 @@ def shared_data() -> Path:
     return data_root()
 
 
-def checked_but_not_awaited(handle) -> None:
-    """In place of os.fsync: an error where the handle is none, and no wait for the disk."""
-    os.fstat(handle)
+# Taken before `_no_wait_for_the_disk` puts another in its place.
+FSYNC = os.fsync
 
 
 @pytest.fixture(scope="session", autouse=True)
 def _no_wait_for_the_disk():
     """Files of tests outlive a killed process as the kernel has their bytes, and need not outlive the machine.
 
-    tests/test_storage.py and all processes that tests start have the real call.
+    A handle that is none is an error with fstat too. Tests of storage itself and the campaigns of kills have the real call.
     """
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(os, "fsync", checked_but_not_awaited)
+        patch.setattr(os, "fsync", os.fstat)
         yield
+
+
+@pytest.fixture
+def real_fsync(monkeypatch):
+    monkeypatch.setattr(os, "fsync", FSYNC)
 
 
 @pytest.fixture(autouse=True)

@@ -12,13 +12,7 @@ from hybridize import storage
 from hybridize.errors import ConfigError
 from hybridize.storage import LargeFile, Staging, disk_errors, file_sha256, require_space, write_json, write_text
 
-# Taken when this file is read, before the tests' own takes its place.
-FSYNC = os.fsync
-
-
-@pytest.fixture(autouse=True)
-def _real_fsync(monkeypatch):
-    monkeypatch.setattr(os, "fsync", FSYNC)
+pytestmark = pytest.mark.usefixtures("real_fsync")
 
 
 def staged(out, resume=False, identity="job"):

@@ -33,8 +33,9 @@ def folders(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory):
-    """The same without the recurrent layer, whose many small operations take long to count."""
-    return tiny_pair(tmp_path_factory.mktemp("plain"), (STREAMING, KEEP, STREAMING), noise=0.0, dtype="bfloat16", **WIDER)
+    """The same without the recurrent layer, whose many small operations take long to count: one layer of each kind."""
+    sizes = {**WIDER, "num_hidden_layers": 2}
+    return tiny_pair(tmp_path_factory.mktemp("plain"), (STREAMING, KEEP), noise=0.0, dtype="bfloat16", **sizes)
 
 
 @pytest.fixture(scope="module")
