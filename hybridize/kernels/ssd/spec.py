@@ -31,8 +31,8 @@ def rates(sizes, lead, device, generator):
     dt = F.softplus(draw((*lead, heads), torch.float32, device, generator) - 1)
     A = -torch.exp(draw((heads,), torch.float32, device, generator))
     if sizes.get("hard"):
-        choices = torch.tensor([50.0, 1e-4, 0.0, 1.0], device=device)
-        dt, A = choices[torch.randint(0, 4, dt.shape, generator=generator)], torch.full_like(A, -8.0)
+        choices = torch.tensor([50.0, 1e-4, 0.0, 1.0])[torch.randint(0, 4, dt.shape, generator=generator)]
+        dt, A = choices.to(device), torch.full_like(A, -8.0)
     return dt, A
 
 

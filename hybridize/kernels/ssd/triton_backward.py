@@ -20,7 +20,7 @@ import torch
 import triton
 import triton.language as tl
 
-from hybridize.kernels._core.launch import empty, launch, tiles
+from hybridize.kernels._core.launch import cdiv, empty, launch, tiles
 from hybridize.kernels._core.tl_utils import kdot
 from hybridize.kernels.ssd.triton_forward import (
     block,
@@ -293,7 +293,7 @@ def backward(dy, dlast, x, dt, A, B, C, D, segments, states, wants_first):
     x, B, C, dy, A, D, segments = plain(x), plain(B), plain(C), plain(dy), dense(A), dense(D), dense(segments)
     P, N, x_group, B_group, C_group = sizes(x, dt, B, C)
     (batch, tokens, heads), L, like = dt.shape, chunk_tokens(x, P, N), {"P": P, "N": N, "BYTES": x.element_size()}
-    chunks, words = triton.cdiv(tokens, L), decays(dt, A, L)
+    chunks, words = cdiv(tokens, L), decays(dt, A, L)
     padded = chunks * L
     counts = (tokens, padded, chunks, heads)
     x_s, B_s, C_s, dy_s = (t.stride()[:3] for t in (x, B, C, dy))
@@ -307,7 +307,7 @@ def backward(dy, dlast, x, dt, A, B, C, D, segments, states, wants_first):
     dfirst = scratch(*first_shape)
     row = tiles("ssd_backward_states", x.device, **like)
     row["BLOCK_P"], row["BLOCK_N"] = min(row["BLOCK_P"], block(P)), min(row["BLOCK_N"], block(N))
-    over = triton.cdiv(P, row["BLOCK_P"]), triton.cdiv(N, row["BLOCK_N"])
+    over = cdiv(P, row["BLOCK_P"]), cdiv(N, row["BLOCK_N"])
     through = scratch(over[0] * over[1], batch, heads, chunks)
     inputs = (dy, C, words, segments, states, dense(dlast), dstates, dfirst if wants_first else None, through)
     launch(ssd_backward_states, (batch * heads, *over), *inputs, *counts, C_group, *dy_s, *C_s, **common, **row)
@@ -316,15 +316,15 @@ def backward(dy, dlast, x, dt, A, B, C, D, segments, states, wants_first):
     ddt, groups = empty(dt.shape, dt.dtype, x.device), (x_group, B_group, C_group)
     row = blocks | tiles("ssd_backward_values", x.device, **like)
     row["BLOCK_P"] = min(row["BLOCK_P"], block(P))
-    sums = scratch(triton.cdiv(P, row["BLOCK_P"]), batch, heads, 2, padded)
+    sums = scratch(cdiv(P, row["BLOCK_P"]), batch, heads, 2, padded)
     grid = (chunks * (L // row["ROWS"]) * sums.shape[0], x.shape[2], batch)
-    dD_parts = scratch(batch, heads, grid[0]) if D is not None else None
+    dD_parts = None if D is None else scratch(batch, heads, grid[0])
     inputs = (x, B, C, D, dy, words, segments, dstates, dx, sums, dD_parts)
     launch(ssd_backward_values, grid, *inputs, *counts, *groups, *x_s, *B_s, *C_s, *dy_s, **common, **row)
 
     row = blocks | tiles("ssd_backward_writes", x.device, **like)
     row["BLOCK_N"] = min(row["BLOCK_N"], block(N))
-    grid = (chunks * (L // row["ROWS"]) * triton.cdiv(N, row["BLOCK_N"]), B.shape[2], batch)
+    grid = (chunks * (L // row["ROWS"]) * cdiv(N, row["BLOCK_N"]), B.shape[2], batch)
     inputs = (x, C, dy, words, segments, dstates, dB)
     launch(ssd_backward_writes, grid, *inputs, *counts, *groups, *x_s, *C_s, *dy_s, **common, **row)
 
@@ -335,24 +335,12 @@ def backward(dy, dlast, x, dt, A, B, C, D, segments, states, wants_first):
     launch(ssd_backward_reads, grid, *inputs, *counts, *groups, *x_s, *B_s, *C_s, *dy_s, **common, **blocks, **row)
 
     dA_parts, rows = scratch(batch, heads, chunks), row["ROWS"]
-    row = tiles("ssd_backward_decays", x.device, **like)
-    inputs = (A, words, parts, sums, through, ddt, dA_parts)
-    launch(
-        ssd_backward_decays,
-        (chunks, batch * heads),
-        *inputs,
-        tokens,
-        padded,
-        heads,
-        len(sums),
-        len(through),
-        L=L,
-        ROWS=rows,
-        **row,
-    )
+    row = tiles("ssd_backward_decays", x.device, **like) | {"L": L, "ROWS": rows}
+    inputs = (A, words, parts, sums, through, ddt, dA_parts, tokens, padded, heads, len(sums), len(through))
+    launch(ssd_backward_decays, (chunks, batch * heads), *inputs, **row)
 
     dA = dA_parts.sum((0, 2), dtype=torch.float64).to(A.dtype)
-    dD = x.new_empty(0) if D is None else dD_parts.sum((0, 2), dtype=torch.float64).to(D.dtype)
+    dD = x.new_empty(0) if dD_parts is None else dD_parts.sum((0, 2), dtype=torch.float64).to(D.dtype)
     return dx, ddt, dA, dB, dC, dD, dfirst
 
 

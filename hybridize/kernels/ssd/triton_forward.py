@@ -12,11 +12,13 @@ Letters: B batch, T tokens, H output heads, X, G, M heads of x, B, C, P value di
 Pointers and strides: `x_b, x_t, x_h` step by a row of the batch, a token, a head; the last dim has stride 1.
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 
-from hybridize.kernels._core.launch import empty, launch, tiles
+from hybridize.kernels._core.launch import cdiv, empty, launch, power_of_2, tiles
 from hybridize.kernels._core.tl_utils import kdot, masked_exp
 
 
@@ -219,19 +221,19 @@ def ssd_one_token(
     tl.store(y + (batch * heads + h) * P + p, out.to(y.dtype.element_ty), mask=p < P)
 
 
-def plain(tensor):
+def plain(tensor: Any) -> Any:
     """The tensor, copied if its last dim is not one after the other in memory."""
-    return tensor if tensor is None or tensor.stride(-1) == 1 else tensor.contiguous()
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
-def dense(tensor):
+def dense(tensor: Any) -> Any:
     """The tensor without gaps in memory, or None."""
     return None if tensor is None else tensor.contiguous()
 
 
 def block(size):
     """The power of two, at least 16, that holds `size`: what a product of tiles takes."""
-    return max(16, triton.next_power_of_2(size))
+    return max(16, power_of_2(size))
 
 
 def precision(dtype):
@@ -253,10 +255,10 @@ def chunk_tokens(x, P, N):
 def decays(dt, A, L):
     """[B, H, 3, tokens up to whole chunks] fp32: what `ssd_decays` writes."""
     batch, tokens, heads = dt.shape
-    chunks = triton.cdiv(tokens, L)
+    chunks = cdiv(tokens, L)
     words = empty((batch, heads, 3, chunks * L), torch.float32, dt.device)
     row = tiles("ssd_decays", dt.device, P=0, N=0, BYTES=0) | {"L": L}
-    grid = (chunks, triton.cdiv(heads, row["HEADS"]), batch)
+    grid = (chunks, cdiv(heads, row["HEADS"]), batch)
     launch(ssd_decays, grid, dt, dense(A), words, tokens, chunks * L, heads, *dt.stride(), **row)
     return words
 
@@ -266,7 +268,7 @@ def forward(x, dt, A, B, C, D, state, segments):
     x, B, C = plain(x), plain(B), plain(C)
     P, N, x_group, B_group, C_group = sizes(x, dt, B, C)
     (batch, tokens, heads), L, like = dt.shape, chunk_tokens(x, P, N), {"P": P, "N": N, "BYTES": x.element_size()}
-    chunks, segments, words = triton.cdiv(tokens, L), dense(segments), decays(dt, A, L)
+    chunks, segments, words = cdiv(tokens, L), dense(segments), decays(dt, A, L)
     counts = (tokens, chunks * L, chunks, heads)
     states = empty((batch, heads, chunks, P, N), x.dtype, x.device)
     last = empty((batch, heads, P, N), torch.float32, x.device)
@@ -274,7 +276,7 @@ def forward(x, dt, A, B, C, D, state, segments):
 
     row = tiles("ssd_states", x.device, **like)
     row["BLOCK_P"], row["BLOCK_N"] = min(row["BLOCK_P"], block(P)), min(row["BLOCK_N"], block(N))
-    grid = (batch * heads, triton.cdiv(P, row["BLOCK_P"]), triton.cdiv(N, row["BLOCK_N"]))
+    grid = (batch * heads, cdiv(P, row["BLOCK_P"]), cdiv(N, row["BLOCK_N"]))
     strides = (*x.stride()[:3], *B.stride()[:3])
     launch(
         ssd_states, grid, x, B, words, segments, dense(state), states, last, *counts, x_group, B_group, *strides, **common, **row
@@ -294,7 +296,7 @@ def forward_fake(x, dt, A, B, C, D, state, segments):
     """Empty results of `forward`."""
     P, N, *_ = sizes(x, dt, B, C)
     batch, tokens, heads = dt.shape
-    chunks = triton.cdiv(tokens, chunk_tokens(x, P, N))
+    chunks = cdiv(tokens, chunk_tokens(x, P, N))
     last = x.new_empty(batch, heads, P, N, dtype=torch.float32)
     return x.new_empty(batch, tokens, heads, P), last, x.new_empty(batch, heads, chunks, P, N)
 
@@ -306,7 +308,7 @@ def step(x, dt, A, B, C, D, state, slots):
     batch, heads = dt.shape
     y = empty((batch, heads, P), x.dtype, x.device)
     row = tiles("ssd_one_token", x.device, P=P, N=N, BYTES=x.element_size())
-    grid = (triton.cdiv(P, row["ROWS"]), heads, batch)
+    grid = (cdiv(P, row["ROWS"]), heads, batch)
     inputs = (x, dt, dense(A), B, C, dense(D), state, dense(slots), y)
     strides = (*x.stride()[:2], *dt.stride(), *B.stride()[:2], *C.stride()[:2], *state.stride()[:3])
     launch(
