@@ -340,7 +340,7 @@ def backward(dy, dlast, x, dt, A, B, C, D, segments, states, wants_first):
     launch(ssd_backward_decays, (chunks, batch * heads), *inputs, **row)
 
     dA = dA_parts.sum((0, 2), dtype=torch.float64).to(A.dtype)
-    dD = x.new_empty(0) if dD_parts is None else dD_parts.sum((0, 2), dtype=torch.float64).to(D.dtype)
+    dD = x.new_empty(0) if D is None or dD_parts is None else dD_parts.sum((0, 2), dtype=torch.float64).to(D.dtype)
     return dx, ddt, dA, dB, dC, dD, dfirst
 
 
