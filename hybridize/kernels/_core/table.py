@@ -7,6 +7,8 @@ from hybridize.errors import ConfigError
 from hybridize.kernels._core.spec import OpSpec
 
 SPECS = {
+    "causal_conv1d": "hybridize.kernels.conv.spec:CONV",
+    "causal_conv1d_step": "hybridize.kernels.conv.spec:CONV_STEP",
     "gated_rms_norm": "hybridize.kernels.gated_norm.spec:GATED_NORM",
 }
 
