@@ -9,6 +9,8 @@ from hybridize.kernels._core.spec import OpSpec
 SPECS = {
     "causal_conv1d": "hybridize.kernels.conv.spec:CONV",
     "causal_conv1d_step": "hybridize.kernels.conv.spec:CONV_STEP",
+    "mamba2_mixer_step": "hybridize.kernels.mixer_step.spec:MAMBA2",
+    "gdn_mixer_step": "hybridize.kernels.mixer_step.spec:GDN",
     "gated_rms_norm": "hybridize.kernels.gated_norm.spec:GATED_NORM",
 }
 
