@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from hybridize.cache import RecurrentLayer, own_layer
 from hybridize.errors import ConfigError
 from hybridize.families import element_bytes, family_of, head_dim
+from hybridize.kernels._core.dispatch import fast_path
 from hybridize.kernels.conv import causal_conv1d, causal_conv1d_step
 from hybridize.kernels.gated_norm import gated_rms_norm
 from hybridize.kernels.ssd import ssd, ssd_step
@@ -181,13 +182,20 @@ class Mamba2Mixer(nn.Module):
         """What out_proj reads: the gated, normed mixture, [B, T, H * P]. Arguments as in `forward`."""
         batch, new, _ = hidden_states.shape
         z, xBC, dt = self.in_proj(hidden_states).split([self.inner, self.inner + 2 * self.grouped, self.num_heads], dim=-1)
+        leaves = memories is not None and memories.wants(self.layer_idx)
+        decodes = entry is not None and entry.seen > 0 and new == 1
+        if decodes and padding_mask is None and not leaves:
+            out = self._one_launch(z, xBC, dt, entry)
+            if out is not None:
+                entry.seen += 1
+                return out
         dt = F.softplus(dt.float() + self.dt_bias.float())
         if padding_mask is not None:
             xBC = xBC * padding_mask[:, :, None].to(xBC.dtype)
             dt = dt * padding_mask[:, :, None]
         weight, bias = self.conv1d.weight[:, 0], self.conv1d.bias
         A = -torch.exp(self.A_log.float())
-        if entry is not None and entry.seen > 0 and new == 1:
+        if decodes:
             entry.conv, entry.state = entry.conv.to(xBC), entry.state.to(xBC.device)
             xBC = causal_conv1d_step(xBC[:, 0], weight, bias, entry.conv)
             x, b, c = self._heads(xBC)
@@ -203,9 +211,24 @@ class Mamba2Mixer(nn.Module):
             entry.seen += new
             entry.is_initialized = True
         y = y.reshape(batch, new, self.inner)
-        if memories is not None and memories.wants(self.layer_idx):
+        if leaves:
             memories.leave(self.layer_idx, self.norm.ungated(y))
         return self.norm(y, z)
+
+    def _one_launch(self, z: Tensor, xBC: Tensor, dt: Tensor, entry: RecurrentLayer) -> Tensor | None:
+        """One token [B, 1, ...] through convolution, state and norm in one kernel, where there is one for it."""
+        if hasattr(self, "q_norm"):
+            return None
+        entry.conv, entry.state = entry.conv.to(xBC), entry.state.to(xBC.device)
+        inputs = (
+            z[:, 0], xBC[:, 0], dt[:, 0], self.conv1d.weight[:, 0], self.conv1d.bias, self.A_log, self.dt_bias, self.D,
+            self.norm.weight, self.norm.eps, entry.conv, entry.state,
+        )  # fmt: skip
+        step = fast_path("mixer_step", "mamba2_mixer_step", "auto", *inputs)
+        if step is None:
+            return None
+        with torch.no_grad():
+            return step(*inputs)[:, None]
 
     def mixing_matrix(self, hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor]) -> Tensor:
         """What token s's x weighs in each head's y at token t, before the gate and the norm, [B, H, T, T].
