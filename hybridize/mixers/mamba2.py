@@ -182,12 +182,12 @@ class Mamba2Mixer(nn.Module):
         """What out_proj reads: the gated, normed mixture, [B, T, H * P]. Arguments as in `forward`."""
         batch, new, _ = hidden_states.shape
         z, xBC, dt = self.in_proj(hidden_states).split([self.inner, self.inner + 2 * self.grouped, self.num_heads], dim=-1)
-        leaves = memories is not None and memories.wants(self.layer_idx)
-        decodes = entry is not None and entry.seen > 0 and new == 1
-        if decodes and padding_mask is None and not leaves:
-            out = self._one_launch(z, xBC, dt, entry)
+        readers = memories if memories is not None and memories.wants(self.layer_idx) else None
+        past = entry if entry is not None and entry.seen > 0 else None
+        if past is not None and new == 1 and padding_mask is None and readers is None:
+            out = self._one_launch(z, xBC, dt, past)
             if out is not None:
-                entry.seen += 1
+                past.seen += 1
                 return out
         dt = F.softplus(dt.float() + self.dt_bias.float())
         if padding_mask is not None:
@@ -195,13 +195,12 @@ class Mamba2Mixer(nn.Module):
             dt = dt * padding_mask[:, :, None]
         weight, bias = self.conv1d.weight[:, 0], self.conv1d.bias
         A = -torch.exp(self.A_log.float())
-        if decodes:
-            entry.conv, entry.state = entry.conv.to(xBC), entry.state.to(xBC.device)
-            xBC = causal_conv1d_step(xBC[:, 0], weight, bias, entry.conv)
+        if past is not None and new == 1:
+            past.conv, past.state = past.conv.to(xBC), past.state.to(xBC.device)
+            xBC = causal_conv1d_step(xBC[:, 0], weight, bias, past.conv)
             x, b, c = self._heads(xBC)
-            y = ssd_step(x, dt[:, 0], A, b, c, self.D, entry.state)[:, None]
+            y = ssd_step(x, dt[:, 0], A, b, c, self.D, past.state)[:, None]
         else:
-            past = entry if entry is not None and entry.seen > 0 else None
             xBC, conv = causal_conv1d(xBC, weight, bias, None if past is None else past.conv, "silu", segment_ids)
             x, b, c = self._heads(xBC)
             y, state = ssd(x, dt, A, b, c, self.D, None if past is None else past.state, segment_ids)
@@ -211,18 +210,18 @@ class Mamba2Mixer(nn.Module):
             entry.seen += new
             entry.is_initialized = True
         y = y.reshape(batch, new, self.inner)
-        if leaves:
-            memories.leave(self.layer_idx, self.norm.ungated(y))
+        if readers is not None:
+            readers.leave(self.layer_idx, self.norm.ungated(y))
         return self.norm(y, z)
 
-    def _one_launch(self, z: Tensor, xBC: Tensor, dt: Tensor, entry: RecurrentLayer) -> Tensor | None:
+    def _one_launch(self, z: Tensor, xBC: Tensor, dt: Tensor, past: RecurrentLayer) -> Tensor | None:
         """One token [B, 1, ...] through convolution, state and norm in one kernel, where there is one for it."""
         if hasattr(self, "q_norm"):
             return None
-        entry.conv, entry.state = entry.conv.to(xBC), entry.state.to(xBC.device)
+        past.conv, past.state = past.conv.to(xBC), past.state.to(xBC.device)
         inputs = (
             z[:, 0], xBC[:, 0], dt[:, 0], self.conv1d.weight[:, 0], self.conv1d.bias, self.A_log, self.dt_bias, self.D,
-            self.norm.weight, self.norm.eps, entry.conv, entry.state,
+            self.norm.weight, self.norm.eps, past.conv, past.state,
         )  # fmt: skip
         step = fast_path("mixer_step", "mamba2_mixer_step", "auto", *inputs)
         if step is None:

@@ -15,6 +15,19 @@ SMALL = {"head_dim": 16, "num_attention_heads": 2, "num_key_value_heads": 1, "nu
 STEPS = 2
 
 
+def lively(tmp_path, family, name, **options):
+    """A hybrid whose states weigh as much as the last token: larger channels behind the convolution, longer steps."""
+    model = build({family: tiny_base(family, tmp_path, **SMALL)}, family, name, **options)
+    with torch.no_grad():
+        for module in model.modules():
+            if hasattr(module, "conv1d"):
+                module.conv1d.weight.mul_(10)
+            if hasattr(module, "dt_bias"):
+                module.dt_bias.add_(4)
+                module.A_log.sub_(3)
+    return model
+
+
 def decoded(model, ids):
     """(logits of a prefill and of two tokens after it, tensors of the cache)."""
     cache, out = DynamicCache(config=model.config), []
@@ -47,7 +60,7 @@ def counted(monkeypatch, name, changed=lambda inputs: inputs):
     ],
 )
 def test_decoding_by_kernels_is_decoding(tmp_path, monkeypatch, name, options, family, launches):
-    model = build({family: tiny_base(family, tmp_path, **SMALL)}, family, name, **options)
+    model = lively(tmp_path, family, name, **options)
     ids = torch.randint(3, 64, (2, 7), generator=torch.Generator().manual_seed(3))
     monkeypatch.setenv("HYBRIDIZE_KERNELS", "torch")
     want, states = decoded(model, ids)
@@ -63,7 +76,7 @@ def test_decoding_by_kernels_is_decoding(tmp_path, monkeypatch, name, options, f
 @pytest.mark.slow
 @pytest.mark.parametrize("kept", [-1, -2], ids=["state", "conv"])
 def test_a_state_that_is_not_updated_shows(tmp_path, monkeypatch, kept):
-    model = build({"llama": tiny_base("llama", tmp_path, **SMALL)}, "llama", "mamba2")
+    model = lively(tmp_path, "llama", "mamba2")
     ids = torch.randint(3, 64, (2, 7), generator=torch.Generator().manual_seed(3))
     want, _ = decoded(model, ids)
     monkeypatch.setenv("HYBRIDIZE_KERNELS", "triton")

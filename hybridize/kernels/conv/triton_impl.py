@@ -205,7 +205,7 @@ def conv_step(
     out = new.to(tl.float32) * tl.load(weight + c * w_c + (K - 1) * w_k, mask=used, other=0.0).to(tl.float32)
     if bias is not None:
         out += tl.load(bias + c, mask=used, other=0.0).to(tl.float32)
-    for tap in tl.static_range(K - 1):
+    for tap in tl.static_range(K - 1):  # pyright: ignore[reportGeneralTypeIssues]
         old = tl.load(state + tap * state_k, mask=used, other=0.0)
         out += old.to(tl.float32) * tl.load(weight + c * w_c + tap * w_k, mask=used, other=0.0).to(tl.float32)
         # Several threads may hold one channel: all have read the slot before one of them writes it.

@@ -75,7 +75,7 @@ def mamba2_token(
     conv += b * conv_b
     state += b * state_b + group * R * state_h + p[:, None] * state_p + n[None, :] * state_n
     at_x, at_B = group * P + p, G * P + group * N + n
-    x, x2, x3, x_new = convolved(xBC, weight, bias, conv, at_x, in_p, w_c, w_k, conv_c, conv_k, K)
+    x, x2, x3, x_new = convolved(xBC, weight, bias, conv, at_x, in_p, w_c, w_k, conv_c, conv_k, K)  # pyright: ignore[reportGeneralTypeIssues]
     B, B2, B3, B_new = convolved(xBC, weight, bias, conv, at_B, in_n, w_c, w_k, conv_c, conv_k, K)
     if AHEAD:
         after = tl.load(state, mask=square, other=0.0)
@@ -120,7 +120,7 @@ def gdn_token(
     conv += b * conv_b
     state += b * state_b + group * R * state_h + n[:, None] * state_n + p[None, :] * state_p
     at_k, at_v = G * R * N + group * N + n, G * R * N + G * N + group * P + p
-    k, k2, k3, k_new = convolved(qkv, weight, None, conv, at_k, in_n, w_c, w_k, conv_c, conv_k, K)
+    k, k2, k3, k_new = convolved(qkv, weight, None, conv, at_k, in_n, w_c, w_k, conv_c, conv_k, K)  # pyright: ignore[reportGeneralTypeIssues]
     v, v2, v3, v_new = convolved(qkv, weight, None, conv, at_v, in_p, w_c, w_k, conv_c, conv_k, K)
     if AHEAD:
         after = tl.load(state, mask=square, other=0.0)
