@@ -13,6 +13,10 @@ SPECS = {
     "gdn_mixer_step": "hybridize.kernels.mixer_step.spec:GDN",
     "gla": "hybridize.kernels.gla.spec:GLA",
     "gated_rms_norm": "hybridize.kernels.gated_norm.spec:GATED_NORM",
+    "ssd": "hybridize.kernels.ssd.spec:SSD",
+    "ssd_step": "hybridize.kernels.ssd.spec:SSD_STEP",
+    "stream_attn": "hybridize.kernels.stream_attn.spec:STREAM_ATTN",
+    "stream_attn_step": "hybridize.kernels.stream_attn.spec:STREAM_ATTN_STEP",
 }
 
 
