@@ -32,7 +32,7 @@ class Bug:
     Attributes:
         old: text that stands in the file exactly once.
         new: what to put there.
-        finds: names of cases and invariants of which at least one must fail.
+        finds: names of cases and invariants, each of which must fail with it.
     """
 
     old: str
