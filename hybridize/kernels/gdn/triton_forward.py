@@ -113,7 +113,7 @@ def gdn_gates(
 def gdn_solve(
     k, beta, gates, segments, products, inverse, tokens, chunks, heads, key_heads, N,
     stride_kb, stride_kt, stride_kh, stride_bb, stride_bt, stride_bh, stride_sb, stride_st,
-    L: tl.constexpr, SLICE: tl.constexpr, CHANNELS: tl.constexpr, PRECISION: tl.constexpr, MERGE: tl.constexpr,
+    L: tl.constexpr, SLICE: tl.constexpr, CHANNELS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Invert the system of a chunk for all output heads of a key head: their keys' products are computed once."""
     chunk, head, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -141,7 +141,7 @@ def gdn_solve(
             own = tl.where(strictly, tl.load(products + place * (L * L) + square), 0.0)
         else:
             own = kk * decay_between(gates + place * (4 * L), strictly, L)
-        found = unit_inverse(own * strength[None, :], L, MERGE)
+        found = unit_inverse(own * strength[None, :], L, PRECISION)
         tl.store(inverse + place * (L * L) + square, found)
 
 
