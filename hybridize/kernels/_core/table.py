@@ -8,6 +8,8 @@ from hybridize.kernels._core.spec import OpSpec
 
 SPECS = {
     "gated_rms_norm": "hybridize.kernels.gated_norm.spec:GATED_NORM",
+    "gdn": "hybridize.kernels.gdn.spec:GDN",
+    "gdn_step": "hybridize.kernels.gdn.spec:GDN_STEP",
 }
 
 

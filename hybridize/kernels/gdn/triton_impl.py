@@ -11,8 +11,9 @@ from hybridize.kernels._core.launch import DEVICES, empty, launch, tiles
 from hybridize.kernels._core.library import registered
 from hybridize.kernels.gdn.triton_backward import gdn_input_grads, gdn_output_grads, gdn_state_grads
 from hybridize.kernels.gdn.triton_forward import gdn_gates, gdn_outputs, gdn_solve, gdn_states
+from hybridize.kernels.gdn.triton_step import gdn_advance
 
-__all__ = ["DEVICES", "gdn", "refuses_gdn"]
+__all__ = ["DEVICES", "gdn", "gdn_step", "refuses_gdn", "refuses_gdn_step"]
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 MOST_CHANNELS = 256
@@ -227,3 +228,44 @@ def refuses_gdn(q_BTQN, k_BTGN, v_BTXP, g, beta_BTH, state_BHNP, segments_BT, ch
 def gdn(q_BTQN, k_BTGN, v_BTXP, g, beta_BTH, state_BHNP, segments_BT, chunk):
     """As `hybridize.kernels.gdn.gdn`, which has checked the arguments; `chunk` is that of the PyTorch path."""
     return _GDN.apply(q_BTQN, k_BTGN, v_BTXP, g, beta_BTH, state_BHNP, segments_BT)
+
+
+def _step(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor, rows: Tensor | None
+) -> Tensor:
+    q, k, v = _plain(q, k, v)
+    (batch, heads), N, P = beta.shape, k.shape[2], v.shape[2]
+    y = empty((batch, heads, P), v.dtype, v.device)
+    options = tiles("gdn_advance", v.device, N=N, P=P)
+    channels = g.dim() == 3
+    launch(
+        gdn_advance, (triton.cdiv(P, options["COLUMNS"]), heads, batch),
+        q, k, v, g, beta, state, rows, y, heads, q.shape[1], k.shape[1], v.shape[1], N, P,
+        *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], *g.stride(), *(() if channels else (0,)), *beta.stride(),
+        0 if rows is None else rows.stride(0), *state.stride()[:3], KEYS=triton.next_power_of_2(N), CHANNELS=channels, **options,
+    )  # fmt: skip
+    return y
+
+
+def _fake_step(q, k, v, g, beta, state, rows):
+    return v.new_empty(*beta.shape, v.shape[2])
+
+
+step = registered(
+    "gdn_step",
+    "(Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, Tensor(a!) state, Tensor? rows) -> Tensor",
+    _step,
+    _fake_step,
+)
+
+
+def refuses_gdn_step(q_BQN, k_BGN, v_BXP, g, beta_BH, state_BHNP, rows_B):
+    """Why `gdn_step` cannot run these, or None."""
+    if state_BHNP.stride(3) != 1:
+        return f"got a state of strides {state_BHNP.stride()}, expected its last dim in one piece"
+    return _refuses(k_BGN, v_BXP, g, beta_BH)
+
+
+def gdn_step(q_BQN, k_BGN, v_BXP, g, beta_BH, state_BHNP, rows_B):
+    """As `hybridize.kernels.gdn.gdn_step`, which has checked the arguments."""
+    return step(q_BQN, k_BGN, v_BXP, g, beta_BH, state_BHNP, rows_B)
