@@ -16,7 +16,7 @@ def make_inputs(sizes, dtype, device, seed):
     """q, k and v are cut out of one projection, as in the mixers; keys are of length 1.
 
     Sizes beside the letters: C decays of a head (1 or N), `keys` as in KEYS, `beta` for all tokens, `decay` a divisor of the log
-    decays, `hard` for decays of e^-50 beside e^-0.0001 and 0, `document` tokens of a document, `blank` for no first state.
+    decays, `hard` for decays of e^-3000 beside e^-0.0001 and 0, `document` tokens of a document, `blank` for no first state.
     """
     s, g = sizes, torch.Generator().manual_seed(seed)
     (B, T, H), widths = (s["B"], s["T"], s["H"]), [s["Q"] * s["N"], s["G"] * s["N"], s["X"] * s["P"]]
@@ -24,7 +24,8 @@ def make_inputs(sizes, dtype, device, seed):
     q, k, v = (part.unflatten(-1, (heads, -1)) for part, heads in zip(fused.split(widths, -1), (s["Q"], s["G"], s["X"]), strict=True))
     shape = (B, T, H, s["N"]) if s.get("C", 1) > 1 else (B, T, H)
     log_decay, beta = draw(shape, torch.float32, device, g), draw((B, T, H), torch.float32, device, g)
-    state = None if s.get("blank") else draw((B, H, s["N"], s["P"]), torch.float32, device, g)
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    state = None if s.get("blank") else draw((B, H, s["N"], s["P"]), wide, device, g)
     segments = (torch.arange(T, device=device) // s["document"]).expand(B, -1) if s.get("document") else None
     if device != "meta":
         if s.get("keys") == KEYS["clustered"]:
@@ -38,7 +39,7 @@ def make_inputs(sizes, dtype, device, seed):
         if "beta" in s:
             beta.fill_(s["beta"])
         if s.get("hard"):
-            log_decay = -torch.tensor([50.0, 1e-4, 0.0, 1.0])[torch.randint(0, 4, shape, generator=g)].to(device)
+            log_decay = -torch.tensor([3000.0, 1e-4, 0.0, 1.0])[torch.randint(0, 4, shape, generator=g)].to(device)
     return {
         "q_BTQN": q, "k_BTGN": k, "v_BTXP": v, "g": log_decay, "beta_BTH": beta, "state_BHNP": state, "segments_BT": segments,
     }  # fmt: skip
@@ -111,6 +112,18 @@ def padding_leaves_no_trace(run, close, make):
     close(long["last"], short["last"])
 
 
+def no_tokens_keep_the_state(run, close, make):
+    inputs = make(**SMALL | {"T": 0})
+    found = run(inputs)
+    assert found["y"].shape == (1, 0, 2, 16)
+    close(found["last"], inputs["state_BHNP"])
+
+
+def channels_of_one_decay_equal_one_a_head(run, close, make):
+    inputs = make(**SMALL)
+    close(run(inputs | {"g": inputs["g"][..., None].expand(-1, -1, -1, 32)})["y"], run(inputs)["y"])
+
+
 def states_left_out_are_untouched(run, close, make):
     inputs = make(**SMALL | {"B": 3, "rows": 1})
     found = run(inputs)
@@ -157,18 +170,25 @@ GDN = OpSpec(
         Case("three head counts", SMALL | {"B": 2, "T": 18, "Q": 1, "G": 2, "X": 4, "H": 4, "N": 16}),
         Case("dims of no power of two", SMALL | {"T": 17, "N": 40, "P": 20, "blank": 1}),
         Case("documents", SMALL | {"B": 2, "T": 40, "document": 13}),
-        Case("equal keys, beta 2", SMALL | {"T": 33, "keys": KEYS["equal"], "beta": 2, "decay": 100}),
+        Case("equal keys, beta 2", SMALL | {"T": 21, "keys": KEYS["equal"], "beta": 2, "decay": 100}),
         Case("alternating keys, beta 1", SMALL | {"T": 33, "keys": KEYS["alternating"], "beta": 1, "decay": 100}),
         Case("clustered keys", SMALL | {"T": 33, "keys": KEYS["clustered"], "decay": 100}),
         Case("beta 0", SMALL | {"T": 17, "beta": 0}),
         Case("decays strong and weak", SMALL | {"T": 33, "hard": 1}),
-        *(Case(f"{tokens} tokens", SMALL | {"T": tokens}) for tokens in (0, 1, 15, 16)),
+        Case("channels", SMALL | {"T": 19, "C": 32}),
+        Case("channels, three head counts", SMALL | {"B": 2, "T": 18, "Q": 1, "G": 2, "X": 4, "H": 4, "N": 16, "C": 16}),
+        Case("channels, dims of no power of two", SMALL | {"T": 17, "N": 40, "P": 20, "C": 40, "blank": 1}),
+        Case("channels, documents", SMALL | {"B": 2, "T": 40, "document": 13, "C": 32}),
+        Case("channels, alternating keys, beta 1", SMALL | {"T": 33, "keys": KEYS["alternating"], "beta": 1, "decay": 100, "C": 32}),
+        Case("channels, decays strong and weak", SMALL | {"T": 33, "hard": 1, "C": 32}),
+        *(Case(f"{tokens} tokens", SMALL | {"T": tokens}) for tokens in (1, 15, 16)),
     ),
     shapes=(
         Case("llama8b_b1_t4k", {"B": 1, "T": 4096, **LLAMA}),
         Case("llama8b_b8_t4k", {"B": 8, "T": 4096, **LLAMA}),
         Case("llama8b_b8_t4k_documents", {"B": 8, "T": 4096, "document": 1024, **LLAMA}),
         Case("dims_80_96_b8_t4k", {"B": 8, "T": 4096, **LLAMA, "N": 80, "P": 96}),
+        Case("channels_b8_t4k", {"B": 8, "T": 4096, **LLAMA, "C": 128}),
         Case("dims_64_b8_t4k", {"B": 8, "T": 4096, **LLAMA, "N": 64, "P": 64}),
     ),
     cpu_shapes=(Case("b2_t1k_h8", {"B": 2, "T": 1024, "Q": 8, "G": 2, "X": 2, "H": 8, "N": 64, "P": 64}),),
@@ -182,6 +202,8 @@ GDN = OpSpec(
         "gdn_output_grads": {"SLICE": 16, "COLUMNS": 32},
         "gdn_state_grads": {"COLUMNS": 32},
         "gdn_input_grads": {"SLICE": 32, "COLUMNS": 16},
+        "gdn_channels": {"SLICE": 16},
+        "gdn_channel_grads": {"SLICE": 16, "COLUMNS": 16},
     },
     invariants={
         "two prefills equal one": two_prefills_equal_one,
@@ -189,6 +211,10 @@ GDN = OpSpec(
         "repeated heads equal shared ones": repeated_heads_equal_shared_ones,
         "steps equal prefill": steps_equal_prefill,
         "padding leaves no trace": padding_leaves_no_trace,
+        "no tokens keep the state": no_tokens_keep_the_state,
+        "channels of one decay equal one a head": channels_of_one_decay_equal_one_a_head,
+        "documents of channels": functools.partial(documents_equal_runs_of_their_own, C=32),
+        "prefills of channels": functools.partial(two_prefills_equal_one, C=32),
     },
     bugs=(
         Bug("log_decay = tl.load(at, mask=there, other=0.0).to(tl.float64)", "log_decay = tl.load(at, mask=there, other=0.0)",

@@ -109,6 +109,38 @@ def gdn_state_grads(
 
 
 @triton.jit
+def chunk_grads(
+    dy, dv, errors, states, dstates, place, token, real, n, N, P, L: tl.constexpr, SLICE: tl.constexpr, COLUMNS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Sums over the value dim: dy D^T, -W D^T [L, L]; dy S^T, -W S^T, D dS'^T [L, SLICE]; the diagonal of S dS'^T [SLICE].
+
+    `place` counts chunks of heads, `token` is where their tokens' rows begin in dy and dv [L].
+    """
+    i = tl.arange(0, L)
+    reads, asks = tl.zeros((L, L), tl.float32), tl.zeros((L, L), tl.float32)
+    q_state, k_state = tl.zeros((L, SLICE), tl.float32), tl.zeros((L, SLICE), tl.float32)
+    k_next = tl.zeros((L, SLICE), tl.float32)
+    kept = tl.zeros((SLICE,), tl.float32)
+    for start in range(0, P, COLUMNS):
+        p = start + tl.arange(0, COLUMNS)
+        within = (p < P)[None, :]
+        grad = tl.load(dy + token[:, None] + p[None, :], mask=real[:, None] & within, other=0.0)
+        dvalue = tl.load(dv + token[:, None] + p[None, :], mask=real[:, None] & within, other=0.0).to(grad.dtype)
+        error = tl.load(errors + place * (L * P) + i[:, None] * P + p[None, :], mask=within, other=0.0)
+        rows = (n < N)[:, None] & within
+        state = tl.load(states + place * N * P + n[:, None] * P + p[None, :], mask=rows, other=0.0)
+        dstate = tl.load(dstates + place * N * P + n[:, None] * P + p[None, :], mask=rows, other=0.0)
+        reads += kdot(grad, tl.trans(error), PRECISION)
+        asks -= kdot(dvalue, tl.trans(error), PRECISION)
+        q_state += kdot(grad, tl.trans(state), PRECISION)
+        k_state -= kdot(dvalue, tl.trans(state), PRECISION)
+        k_next += kdot(error, tl.trans(dstate), PRECISION)
+        kept += tl.sum(state.to(tl.float32) * dstate.to(tl.float32), axis=1)
+    return reads, asks, q_state, k_state, k_next, kept
+
+
+@triton.jit
 def gdn_input_grads(
     q, k, beta, gates, segments, states, errors, dstates, dv, dy, dq, dk, dscalars,
     batches, tokens, chunks, heads, query_heads, key_heads, N, P,
@@ -123,32 +155,16 @@ def gdn_input_grads(
     i = tl.arange(0, L)
     n = part * SLICE + tl.arange(0, SLICE)
     t = tl.cast(chunk, tl.int64) * L + i
-    real = (t < tokens)[:, None]
-    reads, asks = tl.zeros((L, L), tl.float32), tl.zeros((L, L), tl.float32)
-    q_state, k_state = tl.zeros((L, SLICE), tl.float32), tl.zeros((L, SLICE), tl.float32)
-    k_next = tl.zeros((L, SLICE), tl.float32)
-    kept = tl.zeros((SLICE,), tl.float32)
-    for start in range(0, P, COLUMNS):
-        p = start + tl.arange(0, COLUMNS)
-        within = (p < P)[None, :]
-        token = ((b * tokens + t[:, None]) * heads + h) * P + p[None, :]
-        grad = tl.load(dy + token, mask=real & within, other=0.0)
-        dvalue = tl.load(dv + token, mask=real & within, other=0.0).to(grad.dtype)
-        error = tl.load(errors + place * (L * P) + i[:, None] * P + p[None, :], mask=within, other=0.0)
-        rows = (n < N)[:, None] & within
-        state = tl.load(states + place * N * P + n[:, None] * P + p[None, :], mask=rows, other=0.0)
-        dstate = tl.load(dstates + place * N * P + n[:, None] * P + p[None, :], mask=rows, other=0.0)
-        reads += kdot(grad, tl.trans(error), PRECISION)
-        asks -= kdot(dvalue, tl.trans(error), PRECISION)
-        q_state += kdot(grad, tl.trans(state), PRECISION)
-        k_state -= kdot(dvalue, tl.trans(state), PRECISION)
-        k_next += kdot(error, tl.trans(dstate), PRECISION)
-        kept += tl.sum(state.to(tl.float32) * dstate.to(tl.float32), axis=1)
-    there = real & (n < N)[None, :]
+    real = t < tokens
+    token = ((b * tokens + t) * heads + h) * P
+    reads, asks, q_state, k_state, k_next, kept = chunk_grads(
+        dy, dv, errors, states, dstates, place, token, real, n, N, P, L, SLICE, COLUMNS, PRECISION
+    )
+    there = real[:, None] & (n < N)[None, :]
     at_query = b * stride_qb + tl.cast(h // (heads // query_heads), tl.int64) * stride_qh + t[:, None] * stride_qt + n[None, :]
     at_key = b * stride_kb + tl.cast(h // (heads // key_heads), tl.int64) * stride_kh + t[:, None] * stride_kt + n[None, :]
     query, key = tl.load(q + at_query, mask=there, other=0.0), tl.load(k + at_key, mask=there, other=0.0)
-    strength = tl.load(beta + b * stride_bb + t * stride_bt + h * stride_bh, mask=t < tokens, other=0.0).to(tl.float32)
+    strength = tl.load(beta + b * stride_bb + t * stride_bt + h * stride_bh, mask=real, other=0.0).to(tl.float32)
     into, out = tl.load(gates + place * (4 * L) + INTO * L + i), tl.load(gates + place * (4 * L) + OUT * L + i)
     total = tl.load(gates + place * (4 * L) + INTO * L + L - 1)
 
@@ -167,14 +183,14 @@ def gdn_input_grads(
     dlog = tl.sum(tl.where(i[:, None] >= i[None, :], passed, 0.0), axis=0)
     dlog += tl.sum(tl.where(below, leaving[None, :], 0.0), axis=1) + total * tl.sum(kept, axis=0)
     scalars = dscalars + (part * 2 * batches + b) * tokens * heads + t * heads + h
-    tl.store(scalars, dlog, mask=t < tokens)
-    tl.store(scalars + tl.cast(batches, tl.int64) * tokens * heads, dbeta, mask=t < tokens)
+    tl.store(scalars, dlog, mask=real)
+    tl.store(scalars + tl.cast(batches, tl.int64) * tokens * heads, dbeta, mask=real)
 
     reads, asks = reads * strength[None, :], asks * strength[None, :]
     dquery = kdot(reads.to(key.dtype), key, PRECISION) + into[:, None] * q_state
     dkey = kdot(tl.trans(reads.to(key.dtype)), query, PRECISION)
     dkey += kdot((asks + tl.trans(asks)).to(key.dtype), key, PRECISION)
     dkey += into[:, None] * k_state + (out * strength)[:, None] * k_next
-    token = ((b * tokens + t[:, None]) * heads + h) * N + n[None, :]
-    tl.store(dq + token, dquery.to(dq.dtype.element_ty), mask=there)
-    tl.store(dk + token, dkey.to(dk.dtype.element_ty), mask=there)
+    to = ((b * tokens + t[:, None]) * heads + h) * N + n[None, :]
+    tl.store(dq + to, dquery.to(dq.dtype.element_ty), mask=there)
+    tl.store(dk + to, dkey.to(dk.dtype.element_ty), mask=there)

@@ -10,6 +10,7 @@ from torch.autograd.function import once_differentiable
 from hybridize.kernels._core.launch import DEVICES, empty, launch, tiles
 from hybridize.kernels._core.library import registered
 from hybridize.kernels.gdn.triton_backward import gdn_input_grads, gdn_output_grads, gdn_state_grads
+from hybridize.kernels.gdn.triton_channels import gdn_channel_grads, gdn_channels
 from hybridize.kernels.gdn.triton_forward import gdn_gates, gdn_outputs, gdn_solve, gdn_states
 from hybridize.kernels.gdn.triton_step import gdn_advance
 
@@ -61,34 +62,56 @@ class _Shape(NamedTuple):
 
     @property
     def keys(self) -> int:
+        """Rows of a state as kernels hold it."""
         return max(16, triton.next_power_of_2(self.N))
 
 
-class _Chunks(NamedTuple):
-    """Scratch of a forward pass, as in triton_forward.py."""
+class _Channels(NamedTuple):
+    """Scratch of gdn_channels, as in triton_channels.py."""
 
-    gates: Tensor
+    q_into: Tensor
+    k_into: Tensor
+    k_out: Tensor
+    totals: Tensor
+    kk: Tensor
+    qk: Tensor
+
+
+class _Chunks(NamedTuple):
+    """Scratch of a forward pass, as in triton_forward.py; `gates` is None where there is a decay for each channel."""
+
+    gates: Tensor | None
+    channels: _Channels | None
     inverse: Tensor
     states: Tensor
     errors: Tensor
     last: Tensor
 
 
-def _by_token(tensor: Tensor) -> tuple[int, int, int]:
+class _Side(NamedTuple):
+    """q or k of the states' kernels: the tensors, the strides of batch, chunk, head and token, and how many heads it has."""
+
+    tensor: Tensor
+    strides: tuple[int, ...]
+    heads: int
+
+
+def _by_token(tensor: Tensor) -> tuple[int, ...]:
     return tensor.stride()[:3]
 
 
-def _by_chunk(tensor: Tensor, L: int) -> tuple[int, int, int, int]:
-    """Strides of batch, chunk, head and token of a tensor [B, T, h, N]."""
-    return tensor.stride(0), L * tensor.stride(1), tensor.stride(2), tensor.stride(1)
+def _side(tensor: Tensor, scaled: Tensor | None, L: int) -> _Side:
+    """Of [B, T, h, N] itself, or of its scaled form [B, U, H, L, N]."""
+    if scaled is not None:
+        return _Side(scaled, scaled.stride()[:4], scaled.shape[2])
+    return _Side(tensor, (tensor.stride(0), L * tensor.stride(1), tensor.stride(2), tensor.stride(1)), tensor.shape[2])
 
 
 def _documents(segments: Tensor | None) -> tuple[int, ...]:
     return (0, 0) if segments is None else segments.stride()
 
 
-def _walk(s: _Shape, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, first: Tensor | None, segments: Tensor | None) -> _Chunks:
-    """From the inputs to the states before all chunks, and what that takes."""
+def _run_gates(s: _Shape, g: Tensor, segments: Tensor | None) -> Tensor:
     gates = s.new(s.batch, s.chunks, s.heads, 4, s.L, dtype=torch.float32)
     options = s.tiles("gdn_gates")
     del options["PRECISION"]
@@ -96,22 +119,47 @@ def _walk(s: _Shape, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, first: Tenso
         gdn_gates, (s.chunks, triton.cdiv(s.heads, options["HEADS"]), s.batch),
         g, segments, gates, s.tokens, s.chunks, s.heads, *g.stride(), *_documents(segments), **options,
     )  # fmt: skip
+    return gates
+
+
+def _run_channels(s: _Shape, q: Tensor, k: Tensor, g: Tensor, segments: Tensor | None) -> _Channels:
+    chunks = (s.batch, s.chunks, s.heads)
+    c = _Channels(
+        *(s.new(*chunks, s.L, s.N) for _ in range(3)), s.new(*chunks, s.N, dtype=torch.float32),
+        *(s.new(*chunks, s.L, s.L, dtype=torch.float32) for _ in range(2)),
+    )  # fmt: skip
+    launch(
+        gdn_channels, (s.chunks, s.heads, s.batch),
+        q, k, g, segments, *c, s.tokens, s.chunks, s.heads, s.query_heads, s.key_heads, s.N,
+        *_by_token(q), *_by_token(k), *g.stride(), *_documents(segments), **s.tiles("gdn_channels"),
+    )  # fmt: skip
+    return c
+
+
+def _walk(
+    s: _Shape, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, first: Tensor | None, segments: Tensor | None
+) -> _Chunks:
+    """From the inputs to the states before all chunks, and what that takes."""
+    c = _run_channels(s, q, k, g, segments) if g.dim() == 4 else None
+    gates = _run_gates(s, g, segments) if c is None else None
+    key_heads, kk = (s.key_heads, None) if c is None else (s.heads, c.kk)
     inverse = s.new(s.batch, s.chunks, s.heads, s.L, s.L)
     launch(
-        gdn_solve, (s.chunks, s.key_heads, s.batch),
-        k, beta, gates, segments, None, inverse, s.tokens, s.chunks, s.heads, s.key_heads, s.N,
-        *_by_token(k), *beta.stride(), *_documents(segments), CHANNELS=False, **s.tiles("gdn_solve"),
+        gdn_solve, (s.chunks, key_heads, s.batch),
+        k, beta, gates, segments, kk, inverse, s.tokens, s.chunks, s.heads, key_heads, s.N,
+        *_by_token(k), *beta.stride(), *_documents(segments), CHANNELS=c is not None, **s.tiles("gdn_solve"),
     )  # fmt: skip
     states, errors = s.new(s.batch, s.chunks, s.heads, s.N, s.P), s.new(s.batch, s.chunks, s.heads, s.L, s.P)
     last = s.new(s.batch, s.heads, s.N, s.P, dtype=torch.float32)
+    keys, k_into, totals = (_side(k, None, s.L), None, None) if c is None else (_side(k, c.k_out, s.L), c.k_into, c.totals)
     options = s.tiles("gdn_states")
     launch(
         gdn_states, (triton.cdiv(s.P, options["COLUMNS"]), s.heads, s.batch),
-        k, None, v, beta, gates, None, inverse, first, states, errors, last,
-        s.tokens, s.chunks, s.heads, s.key_heads, s.value_heads, s.N, s.P,
-        *_by_chunk(k, s.L), *_by_token(v), *beta.stride(), KEYS=s.keys, CHANNELS=False, **options,
+        keys.tensor, k_into, v, beta, gates, totals, inverse, first, states, errors, last,
+        s.tokens, s.chunks, s.heads, keys.heads, s.value_heads, s.N, s.P,
+        *keys.strides, *_by_token(v), *beta.stride(), KEYS=s.keys, CHANNELS=c is not None, **options,
     )  # fmt: skip
-    return _Chunks(gates, inverse, states, errors, last)
+    return _Chunks(gates, c, inverse, states, errors, last)
 
 
 def _plain(*tensors: Tensor | None) -> Any:
@@ -123,16 +171,16 @@ def _forward(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, first: Tensor | None, segments: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     q, k, v = _plain(q, k, v)
-    first = None if first is None else first.contiguous()
     s = _Shape.of(q, k, v, beta)
-    c = _walk(s, k, v, g, beta, first, segments)
+    c = _walk(s, q, k, v, g, beta, None if first is None else first.contiguous(), segments)
     y = s.new(s.batch, s.tokens, s.heads, s.P)
+    queries, qk = (_side(q, None, s.L), None) if c.channels is None else (_side(q, c.channels.q_into, s.L), c.channels.qk)
     options = s.tiles("gdn_outputs")
     launch(
         gdn_outputs, (triton.cdiv(s.P, options["COLUMNS"]), s.chunks, s.batch * s.heads),
-        q, k, beta, c.gates, segments, None, c.states, c.errors, y,
-        s.tokens, s.chunks, s.heads, s.query_heads, s.key_heads, s.N, s.P,
-        *_by_chunk(q, s.L), *_by_token(k), *beta.stride(), *_documents(segments), CHANNELS=False, **options,
+        queries.tensor, k, beta, c.gates, segments, qk, c.states, c.errors, y,
+        s.tokens, s.chunks, s.heads, queries.heads, s.key_heads, s.N, s.P,
+        *queries.strides, *_by_token(k), *beta.stride(), *_documents(segments), CHANNELS=qk is not None, **options,
     )  # fmt: skip
     return y, c.last
 
@@ -148,18 +196,18 @@ def _backward(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, first: Tensor | None, segments: Tensor | None, dy: Tensor,
     dlast: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    q_in, k_in, v_in = q, k, v
+    given = (q, k, v, g, beta)
     q, k, v = _plain(q, k, v)
-    first, dy, dlast = None if first is None else first.contiguous(), dy.contiguous(), dlast.contiguous()
     s = _Shape.of(q, k, v, beta)
-    c = _walk(s, k, v, g, beta, first, segments)
+    dy, dlast = dy.contiguous(), dlast.contiguous()
+    c = _walk(s, q, k, v, g, beta, None if first is None else first.contiguous(), segments)
     asked, dstates = s.new(*c.errors.shape), s.new(*c.states.shape)
-    heads = (s.heads, s.query_heads, s.key_heads, s.N, s.P)
+    channels, qk = c.channels, None if c.channels is None else c.channels.qk
     options = s.tiles("gdn_output_grads")
     launch(
         gdn_output_grads, (triton.cdiv(s.P, options["COLUMNS"]), s.chunks, s.batch * s.heads),
-        q, k, c.gates, segments, None, dy, asked, s.tokens, s.chunks, *heads,
-        *_by_token(q), *_by_token(k), *_documents(segments), CHANNELS=False, **options,
+        q, k, c.gates, segments, qk, dy, asked, s.tokens, s.chunks, s.heads, s.query_heads, s.key_heads, s.N, s.P,
+        *_by_token(q), *_by_token(k), *_documents(segments), CHANNELS=channels is not None, **options,
     )  # fmt: skip
 
     def grad_of(tensor: Tensor) -> Tensor:
@@ -168,22 +216,38 @@ def _backward(
 
     dq, dk, dv = grad_of(q), grad_of(k), grad_of(v)
     dfirst = s.new(s.batch, s.heads, s.N, s.P, dtype=torch.float32)
+    queries, keys = _side(q, channels and channels.q_into, s.L), _side(k, channels and channels.k_out, s.L)
     options = s.tiles("gdn_state_grads")
     launch(
         gdn_state_grads, (triton.cdiv(s.P, options["COLUMNS"]), s.heads, s.batch),
-        q, k, None, beta, c.gates, None, c.inverse, asked, dy, dlast, dstates, dv, dfirst, s.tokens, s.chunks, *heads,
-        *_by_chunk(q, s.L), *_by_chunk(k, s.L), *beta.stride(), KEYS=s.keys, CHANNELS=False, **options,
+        queries.tensor, keys.tensor, channels and channels.k_into, beta, c.gates, channels and channels.totals, c.inverse,
+        asked, dy, dlast, dstates, dv, dfirst, s.tokens, s.chunks, s.heads, queries.heads, keys.heads, s.N, s.P,
+        *queries.strides, *keys.strides, *beta.stride(), KEYS=s.keys, CHANNELS=channels is not None, **options,
     )  # fmt: skip
-    options = s.tiles("gdn_input_grads")
-    parts = triton.cdiv(s.N, options["SLICE"])
-    dscalars = s.new(parts, 2, *beta.shape, dtype=torch.float32)
-    launch(
-        gdn_input_grads, (parts, s.chunks, s.batch * s.heads),
-        q, k, beta, c.gates, segments, c.states, c.errors, dstates, dv, dy, dq, dk, dscalars, s.batch, s.tokens, s.chunks, *heads,
-        *_by_token(q), *_by_token(k), *beta.stride(), *_documents(segments), **options,
-    )  # fmt: skip
-    dg, dbeta = dscalars.sum(0)
-    return _summed(dq, q_in), _summed(dk, k_in), _summed(dv, v_in), dg.to(g.dtype), dbeta.to(beta.dtype), dfirst
+    sizes = (s.batch, s.tokens, s.chunks, s.heads, s.query_heads, s.key_heads, s.N, s.P)
+    if channels is None:
+        options = s.tiles("gdn_input_grads")
+        parts = triton.cdiv(s.N, options["SLICE"])
+        dscalars = s.new(parts, 2, *beta.shape, dtype=torch.float32)
+        launch(
+            gdn_input_grads, (parts, s.chunks, s.batch * s.heads),
+            q, k, beta, c.gates, segments, c.states, c.errors, dstates, dv, dy, dq, dk, dscalars, *sizes,
+            *_by_token(q), *_by_token(k), *beta.stride(), *_documents(segments), **options,
+        )  # fmt: skip
+        dg, dbeta = dscalars.sum(0)
+    else:
+        options = s.tiles("gdn_channel_grads")
+        parts = triton.cdiv(s.N, options["SLICE"])
+        dg, dbeta = s.new(*g.shape, dtype=torch.float32), s.new(parts, *beta.shape, dtype=torch.float32)
+        launch(
+            gdn_channel_grads, (parts, s.chunks, s.batch * s.heads),
+            q, k, g, beta, segments, channels.totals, channels.kk, channels.qk, c.states, c.errors, dstates, dv, dy,
+            dq, dk, dg, dbeta, *sizes,
+            *_by_token(q), *_by_token(k), *g.stride(), *beta.stride(), *_documents(segments), **options,
+        )  # fmt: skip
+        dbeta = dbeta.sum(0)
+    dq, dk, dv, dg, dbeta = (_summed(grad, like) for grad, like in zip((dq, dk, dv, dg, dbeta), given, strict=True))
+    return dq, dk, dv, dg, dbeta, dfirst
 
 
 def _fake_forward(q, k, v, g, beta, first, segments):
