@@ -106,9 +106,13 @@ def gdn_step(q_BQN, k_BGN, v_BXP, g, beta_BH, state_BHNP, rows_B=None, impl="aut
     if state_BHNP is None:
         raise ConfigError("run gdn_step: state_BHNP: got None, expected a tensor.")
     batch, heads = beta_BH.shape[:2]
-    _check("gdn_step", q_BQN, k_BGN, v_BXP, g, beta_BH, state_BHNP, leading=1, rows=None if rows_B is None else state_BHNP.shape[0])
+    _check(
+        "gdn_step", q_BQN, k_BGN, v_BXP, g, beta_BH, state_BHNP, leading=1, rows=None if rows_B is None else state_BHNP.shape[0]
+    )
     if rows_B is not None and (tuple(rows_B.shape) != (batch,) or rows_B.dtype not in (torch.int32, torch.int64)):
-        raise ConfigError(f"run gdn_step: rows_B: got {rows_B.dtype} {tuple(rows_B.shape)}, expected integers of shape {(batch,)}.")
+        raise ConfigError(
+            f"run gdn_step: rows_B: got {rows_B.dtype} {tuple(rows_B.shape)}, expected integers of shape {(batch,)}."
+        )
     if fast := fast_path("gdn", "gdn_step", impl, q_BQN, k_BGN, v_BXP, g, beta_BH, state_BHNP, rows_B):
         return fast(q_BQN, k_BGN, v_BXP, g, beta_BH, state_BHNP, rows_B)
     if rows_B is not None:

@@ -3,8 +3,8 @@
 Its heads of q and of k are one number and those of v are the output heads, so shared heads are repeated here.
 """
 
-from fla.ops.gated_delta_rule import chunk_gated_delta_rule  # pyright: ignore[reportMissingImports]
 import torch
+from fla.ops.gated_delta_rule import chunk_gated_delta_rule  # pyright: ignore[reportMissingImports]
 
 __all__ = ["DEVICES", "gdn", "refuses_gdn"]
 

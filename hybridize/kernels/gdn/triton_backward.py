@@ -1,5 +1,4 @@
-"""Kernels of `gdn`, backward: what the outputs ask of the corrections, the gradients of the states from last chunk to first,
-the gradients of the inputs.
+"""Kernels of `gdn`, backward: what the outputs ask of the corrections, gradients of the states, gradients of the inputs.
 
 With D, U = beta D, S, S' and the chunk's system as in triton_forward.py, and dS' the gradient of the state after the chunk:
     dU = qk^T dy + k_out dS',   W = (1 + kk diag(beta))^-T beta dU,   dv = W
@@ -86,7 +85,8 @@ def gdn_state_grads(
         written = kdot(key, dstate.to(key.dtype), PRECISION)
         if not CHANNELS:
             written = written * tl.load(gates + place * (4 * L) + OUT * L + i)[:, None]
-        dcorrection = written + tl.load(asked + place * (L * P) + i[:, None] * P + p[None, :], mask=within, other=0.0).to(tl.float32)
+        reading = tl.load(asked + place * (L * P) + i[:, None] * P + p[None, :], mask=within, other=0.0)
+        dcorrection = written + reading.to(tl.float32)
         strength = tl.load(strengths + t * stride_bt, mask=real, other=0.0).to(tl.float32)
         solve = tl.load(inverse + place * (L * L) + i[:, None] * L + i[None, :])
         dvalue = kdot(tl.trans(solve), (strength[:, None] * dcorrection).to(solve.dtype), PRECISION)

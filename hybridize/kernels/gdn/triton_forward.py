@@ -210,7 +210,8 @@ def gdn_outputs(
     p = columns * COLUMNS + tl.arange(0, COLUMNS)
     t = tl.cast(chunk, tl.int64) * L + i
     real, within = t < tokens, (p < P)[None, :]
-    queries = q + b * stride_qb + tl.cast(chunk, tl.int64) * stride_qu + tl.cast(h // (heads // query_heads), tl.int64) * stride_qh
+    query_head = tl.cast(h // (heads // query_heads), tl.int64)
+    queries = q + b * stride_qb + tl.cast(chunk, tl.int64) * stride_qu + query_head * stride_qh
     keys = k + b * stride_kb + tl.cast(h // (heads // key_heads), tl.int64) * stride_kh + t[:, None] * stride_kt
     out = tl.zeros((L, COLUMNS), tl.float32)
     pairs = tl.zeros((L, L), tl.float32)

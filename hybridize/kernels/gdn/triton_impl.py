@@ -294,9 +294,7 @@ def gdn(q_BTQN, k_BTGN, v_BTXP, g, beta_BTH, state_BHNP, segments_BT, chunk):
     return _GDN.apply(q_BTQN, k_BTGN, v_BTXP, g, beta_BTH, state_BHNP, segments_BT)
 
 
-def _step(
-    q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor, rows: Tensor | None
-) -> Tensor:
+def _step(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor, rows: Tensor | None) -> Tensor:
     q, k, v = _plain(q, k, v)
     (batch, heads), N, P = beta.shape, k.shape[2], v.shape[2]
     y = empty((batch, heads, P), v.dtype, v.device)
