@@ -7,6 +7,7 @@ from hybridize.errors import ConfigError
 from hybridize.kernels._core.spec import OpSpec
 
 SPECS = {
+    "gla": "hybridize.kernels.gla.spec:GLA",
     "gated_rms_norm": "hybridize.kernels.gated_norm.spec:GATED_NORM",
     "gdn": "hybridize.kernels.gdn.spec:GDN",
     "gdn_step": "hybridize.kernels.gdn.spec:GDN_STEP",
