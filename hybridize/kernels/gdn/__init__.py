@@ -118,7 +118,7 @@ def gdn_step(q_BQN, k_BGN, v_BXP, g, beta_BH, state_BHNP, rows_B=None, impl="aut
     if rows_B is not None:
         kept = (rows_B >= 0).nonzero()[:, 0]
         own, y_BHP = state_BHNP[rows_B[kept]], v_BXP.new_zeros(batch, heads, v_BXP.shape[2])
-        y_BHP[kept] = gdn_step(*(t[kept] for t in (q_BQN, k_BGN, v_BXP, g, beta_BH)), own, impl="torch")
+        y_BHP[kept] = gdn_step(q_BQN[kept], k_BGN[kept], v_BXP[kept], g[kept], beta_BH[kept], own, impl="torch")
         state_BHNP[rows_B[kept]] = own
         return y_BHP
     dtype = state_BHNP.dtype

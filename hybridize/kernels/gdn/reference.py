@@ -38,7 +38,7 @@ def gdn_step_reference(q_BQN, k_BGN, v_BXP, g, beta_BH, state_BHNP, rows_B=None)
     for entry in range(len(beta_BH)):
         row = entry if rows_B is None else int(rows_B[entry])
         if row >= 0:
-            token = (t[entry, None, None] for t in (q_BQN, k_BGN, v_BXP, g, beta_BH))
-            y, state = gdn_reference(*token, state_BHNP[row, None])
+            q, k, v, decay, beta = (t[entry, None, None] for t in (q_BQN, k_BGN, v_BXP, g, beta_BH))
+            y, state = gdn_reference(q, k, v, decay, beta, state_BHNP[row, None])
             y_BHP[entry], state_BHNP[row] = y[0, 0], state[0]
     return y_BHP

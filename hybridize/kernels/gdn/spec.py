@@ -103,8 +103,8 @@ def steps_equal_prefill(run, close, make):
     whole, state, y = run(inputs), inputs["state_BHNP"].clone(), []
     impl = "triton" if whole["y"].dtype == torch.float32 else "torch"
     for t in range(9):
-        token = (inputs[name][:, t] for name in TOKENS[:5])
-        y.append(gdn_step(*token, state, impl=impl))
+        q, k, v, g, beta = (inputs[name][:, t] for name in TOKENS[:5])
+        y.append(gdn_step(q, k, v, g, beta, state, impl=impl))
     close(torch.stack(y, dim=1), whole["y"])
     close(state, whole["last"])
 

@@ -157,7 +157,7 @@ def gdn_input_grads(
     t = tl.cast(chunk, tl.int64) * L + i
     real = t < tokens
     token = ((b * tokens + t) * heads + h) * P
-    reads, asks, q_state, k_state, k_next, kept = chunk_grads(
+    reads, asks, q_state, k_state, k_next, kept = chunk_grads(  # pyright: ignore[reportGeneralTypeIssues]
         dy, dv, errors, states, dstates, place, token, real, n, N, P, L, SLICE, COLUMNS, PRECISION
     )
     there = real[:, None] & (n < N)[None, :]

@@ -112,7 +112,7 @@ def gdn_channel_grads(
     real, known = t < tokens, (n < N)[None, :]
     there = real[:, None] & known
     token = ((b * tokens + t) * heads + h) * P
-    reads, asks, q_state, k_state, k_next, kept = chunk_grads(
+    reads, asks, q_state, k_state, k_next, kept = chunk_grads(  # pyright: ignore[reportGeneralTypeIssues]
         dy, dv, errors, states, dstates, place, token, real, n, N, P, L, SLICE, COLUMNS, PRECISION
     )
     at_query = b * stride_qb + tl.cast(h // (heads // query_heads), tl.int64) * stride_qh + t[:, None] * stride_qt + n[None, :]

@@ -37,7 +37,8 @@ def pair_mask(segments, stride_sb, stride_st, batch, chunk, tokens, L: tl.conste
     i = tl.arange(0, L)
     mask = i[:, None] >= i[None, :]
     if segments is not None:
-        own, _, _ = chunk_documents(segments, stride_sb, stride_st, batch, chunk, tokens, L)
+        ids = chunk_documents(segments, stride_sb, stride_st, batch, chunk, tokens, L)
+        own = ids[0]
         mask = mask & (own[:, None] == own[None, :])
     return mask
 

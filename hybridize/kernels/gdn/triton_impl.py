@@ -3,11 +3,10 @@
 from typing import Any, NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from hybridize.kernels._core.launch import DEVICES, empty, launch, tiles
+from hybridize.kernels._core.launch import DEVICES, cdiv, empty, launch, power_of_2, tiles
 from hybridize.kernels._core.library import registered
 from hybridize.kernels.gdn.triton_backward import gdn_input_grads, gdn_output_grads, gdn_state_grads
 from hybridize.kernels.gdn.triton_channels import gdn_channel_grads, gdn_channels
@@ -51,7 +50,7 @@ class _Shape(NamedTuple):
         L = tiles("gdn_solve", v.device, N=N, P=P, BYTES=v.element_size())["L"]
         precision = "tf32x3" if v.dtype == torch.float32 else "tf32"
         (batch, tokens, heads), shared = beta.shape, (q.shape[2], k.shape[2], v.shape[2])
-        return cls(batch, tokens, triton.cdiv(tokens, L), heads, *shared, N, P, L, precision, v)
+        return cls(batch, tokens, cdiv(tokens, L), heads, *shared, N, P, L, precision, v)
 
     def tiles(self, kernel: str) -> dict[str, int]:
         found = tiles(kernel, self.like.device, N=self.N, P=self.P, BYTES=self.like.element_size())
@@ -63,7 +62,7 @@ class _Shape(NamedTuple):
     @property
     def keys(self) -> int:
         """Rows of a state as kernels hold it."""
-        return max(16, triton.next_power_of_2(self.N))
+        return max(16, power_of_2(self.N))
 
 
 class _Channels(NamedTuple):
@@ -116,7 +115,7 @@ def _run_gates(s: _Shape, g: Tensor, segments: Tensor | None) -> Tensor:
     options = s.tiles("gdn_gates")
     del options["PRECISION"]
     launch(
-        gdn_gates, (s.chunks, triton.cdiv(s.heads, options["HEADS"]), s.batch),
+        gdn_gates, (s.chunks, cdiv(s.heads, options["HEADS"]), s.batch),
         g, segments, gates, s.tokens, s.chunks, s.heads, *g.stride(), *_documents(segments), **options,
     )  # fmt: skip
     return gates
@@ -124,10 +123,9 @@ def _run_gates(s: _Shape, g: Tensor, segments: Tensor | None) -> Tensor:
 
 def _run_channels(s: _Shape, q: Tensor, k: Tensor, g: Tensor, segments: Tensor | None) -> _Channels:
     chunks = (s.batch, s.chunks, s.heads)
-    c = _Channels(
-        *(s.new(*chunks, s.L, s.N) for _ in range(3)), s.new(*chunks, s.N, dtype=torch.float32),
-        *(s.new(*chunks, s.L, s.L, dtype=torch.float32) for _ in range(2)),
-    )  # fmt: skip
+    q_into, k_into, k_out = (s.new(*chunks, s.L, s.N) for _ in range(3))
+    kk, qk = (s.new(*chunks, s.L, s.L, dtype=torch.float32) for _ in range(2))
+    c = _Channels(q_into, k_into, k_out, s.new(*chunks, s.N, dtype=torch.float32), kk, qk)
     launch(
         gdn_channels, (s.chunks, s.heads, s.batch),
         q, k, g, segments, *c, s.tokens, s.chunks, s.heads, s.query_heads, s.key_heads, s.N,
@@ -154,7 +152,7 @@ def _walk(
     keys, k_into, totals = (_side(k, None, s.L), None, None) if c is None else (_side(k, c.k_out, s.L), c.k_into, c.totals)
     options = s.tiles("gdn_states")
     launch(
-        gdn_states, (triton.cdiv(s.P, options["COLUMNS"]), s.heads, s.batch),
+        gdn_states, (cdiv(s.P, options["COLUMNS"]), s.heads, s.batch),
         keys.tensor, k_into, v, beta, gates, totals, inverse, first, states, errors, last,
         s.tokens, s.chunks, s.heads, keys.heads, s.value_heads, s.N, s.P,
         *keys.strides, *_by_token(v), *beta.stride(), KEYS=s.keys, CHANNELS=c is not None, **options,
@@ -177,7 +175,7 @@ def _forward(
     queries, qk = (_side(q, None, s.L), None) if c.channels is None else (_side(q, c.channels.q_into, s.L), c.channels.qk)
     options = s.tiles("gdn_outputs")
     launch(
-        gdn_outputs, (triton.cdiv(s.P, options["COLUMNS"]), s.chunks, s.batch * s.heads),
+        gdn_outputs, (cdiv(s.P, options["COLUMNS"]), s.chunks, s.batch * s.heads),
         queries.tensor, k, beta, c.gates, segments, qk, c.states, c.errors, y,
         s.tokens, s.chunks, s.heads, queries.heads, s.key_heads, s.N, s.P,
         *queries.strides, *_by_token(k), *beta.stride(), *_documents(segments), CHANNELS=qk is not None, **options,
@@ -205,7 +203,7 @@ def _backward(
     channels, qk = c.channels, None if c.channels is None else c.channels.qk
     options = s.tiles("gdn_output_grads")
     launch(
-        gdn_output_grads, (triton.cdiv(s.P, options["COLUMNS"]), s.chunks, s.batch * s.heads),
+        gdn_output_grads, (cdiv(s.P, options["COLUMNS"]), s.chunks, s.batch * s.heads),
         q, k, c.gates, segments, qk, dy, asked, s.tokens, s.chunks, s.heads, s.query_heads, s.key_heads, s.N, s.P,
         *_by_token(q), *_by_token(k), *_documents(segments), CHANNELS=channels is not None, **options,
     )  # fmt: skip
@@ -219,7 +217,7 @@ def _backward(
     queries, keys = _side(q, channels and channels.q_into, s.L), _side(k, channels and channels.k_out, s.L)
     options = s.tiles("gdn_state_grads")
     launch(
-        gdn_state_grads, (triton.cdiv(s.P, options["COLUMNS"]), s.heads, s.batch),
+        gdn_state_grads, (cdiv(s.P, options["COLUMNS"]), s.heads, s.batch),
         queries.tensor, keys.tensor, channels and channels.k_into, beta, c.gates, channels and channels.totals, c.inverse,
         asked, dy, dlast, dstates, dv, dfirst, s.tokens, s.chunks, s.heads, queries.heads, keys.heads, s.N, s.P,
         *queries.strides, *keys.strides, *beta.stride(), KEYS=s.keys, CHANNELS=channels is not None, **options,
@@ -227,7 +225,7 @@ def _backward(
     sizes = (s.batch, s.tokens, s.chunks, s.heads, s.query_heads, s.key_heads, s.N, s.P)
     if channels is None:
         options = s.tiles("gdn_input_grads")
-        parts = triton.cdiv(s.N, options["SLICE"])
+        parts = cdiv(s.N, options["SLICE"])
         dscalars = s.new(parts, 2, *beta.shape, dtype=torch.float32)
         launch(
             gdn_input_grads, (parts, s.chunks, s.batch * s.heads),
@@ -237,7 +235,7 @@ def _backward(
         dg, dbeta = dscalars.sum(0)
     else:
         options = s.tiles("gdn_channel_grads")
-        parts = triton.cdiv(s.N, options["SLICE"])
+        parts = cdiv(s.N, options["SLICE"])
         dg, dbeta = s.new(*g.shape, dtype=torch.float32), s.new(parts, *beta.shape, dtype=torch.float32)
         launch(
             gdn_channel_grads, (parts, s.chunks, s.batch * s.heads),
@@ -301,10 +299,10 @@ def _step(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tenso
     options = tiles("gdn_advance", v.device, N=N, P=P)
     channels = g.dim() == 3
     launch(
-        gdn_advance, (triton.cdiv(P, options["COLUMNS"]), heads, batch),
+        gdn_advance, (cdiv(P, options["COLUMNS"]), heads, batch),
         q, k, v, g, beta, state, rows, y, heads, q.shape[1], k.shape[1], v.shape[1], N, P,
         *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], *g.stride(), *(() if channels else (0,)), *beta.stride(),
-        0 if rows is None else rows.stride(0), *state.stride()[:3], KEYS=triton.next_power_of_2(N), CHANNELS=channels, **options,
+        0 if rows is None else rows.stride(0), *state.stride()[:3], KEYS=power_of_2(N), CHANNELS=channels, **options,
     )  # fmt: skip
     return y
 
