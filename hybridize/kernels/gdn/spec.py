@@ -55,7 +55,7 @@ def make_step_inputs(sizes, dtype, device, seed):
     state, rows = token["state_BHNP"], None
     if sizes.get("rows"):
         state = torch.cat([state, state[:2]])
-        rows = torch.arange(len(state) - 1, 1, -1)
+        rows = torch.arange(len(state) - 1, 1, -1, device=device)
         rows[1] = -1
     return inputs | {"state_BHNP": state, "rows_B": rows}
 
@@ -178,7 +178,7 @@ GDN = OpSpec(
     outputs=("y", "last"),
     cases=(
         Case("shared keys", SMALL | {"T": 35}),
-        Case("three head counts", SMALL | {"B": 2, "T": 35, "Q": 1, "G": 2, "X": 4, "H": 4, "N": 16}),
+        Case("three head counts", SMALL | {"B": 2, "T": 35, "Q": 2, "G": 1, "X": 4, "H": 4, "N": 16}),
         Case("dims of no power of two", SMALL | {"T": 35, "N": 40, "P": 20, "blank": 1}),
         Case("documents", SMALL | {"B": 2, "T": 40, "document": 13}),
         Case("equal keys, beta 2", SMALL | {"T": 21, "keys": KEYS["equal"], "beta": 2, "decay": 100}),
@@ -271,7 +271,7 @@ GDN_STEP = OpSpec(
         Case("rows", SMALL | {"B": 3, "rows": 1}),
     ),
     shapes=tuple(Case(f"llama8b_b{batch}", {"B": batch, **LLAMA}) for batch in (1, 8, 64))
-    + (Case("dims_80_96_b8", {"B": 8, **LLAMA, "N": 80, "P": 96}), Case("channels_b8", {"B": 8, **LLAMA, "C": 128})),
+    + (Case("dims_80_96_b8", {"B": 8, **LLAMA, "N": 80, "P": 96}), Case("channels_b8", {"B": 8, **LLAMA, "C": 128}), Case("rows_b8", {"B": 8, **LLAMA, "rows": 1})),
     cpu_shapes=(Case("b2_h8", {"B": 2, "Q": 8, "G": 2, "X": 2, "H": 8, "N": 64, "P": 64}),),
     in_place=("state_BHNP",),
     tiles={"gdn_advance": {"COLUMNS": 16}},
