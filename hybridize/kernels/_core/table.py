@@ -17,6 +17,8 @@ SPECS = {
     "ssd_step": "hybridize.kernels.ssd.spec:SSD_STEP",
     "stream_attn": "hybridize.kernels.stream_attn.spec:STREAM_ATTN",
     "stream_attn_step": "hybridize.kernels.stream_attn.spec:STREAM_ATTN_STEP",
+    "gdn": "hybridize.kernels.gdn.spec:GDN",
+    "gdn_step": "hybridize.kernels.gdn.spec:GDN_STEP",
 }
 
 
