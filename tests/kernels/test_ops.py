@@ -46,11 +46,9 @@ class Op:
         cases = {case.name: case for case in self.spec.cases}
         with planted(self.spec, bug, tmp_path):
             for name in bug.finds:
+                check, what = (check_case, cases[name]) if name in cases else (check_invariant, name)
                 with pytest.raises(AssertionError):
-                    if name in cases:
-                        check_case(self.spec, cases[name], torch.float32, "triton")
-                    else:
-                        check_invariant(self.spec, name, torch.float32, "triton")
+                    check(self.spec, what, torch.float32, "triton")
 
 
 def pytest_generate_tests(metafunc):

@@ -74,8 +74,7 @@ def implementation(op: str, name: str, device: str) -> tuple[Any, str | None]:
     return module, None
 
 
-@torch.compiler.disable
 def _say(text: str) -> None:
-    if text not in SAID:
+    if text not in SAID and not torch.compiler.is_compiling():
         SAID.add(text)
         LOG.info(text)
