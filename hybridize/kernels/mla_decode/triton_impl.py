@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from hybridize.kernels._core.launch import DEVICES, empty, launch, tiles
+from hybridize.kernels._core.launch import DEVICES, cdiv, empty, launch, power_of_2, tiles
 from hybridize.kernels._core.library import registered
 from hybridize.kernels._core.tl_utils import kdot
 
@@ -119,9 +119,9 @@ def _launch(q_latent, q_rope, latent, rope, starts, lengths, mask, scale):
     S, R = latent.shape[1:]
     device = q_rope.device
     chosen = tiles("mla_decode_split", device, R=R, BYTES=q_rope.element_size(), MASKED=int(mask is not None))
-    chosen["HEADS"] = min(chosen["HEADS"], max(16, triton.next_power_of_2(H)))
-    blocks = triton.cdiv(H, chosen["HEADS"])
-    parts = max(1, min(triton.cdiv(PROGRAMS, max(1, B * blocks)), triton.cdiv(S, chosen["LEAST"])))
+    chosen["HEADS"] = min(chosen["HEADS"], max(16, power_of_2(H)))
+    blocks = cdiv(H, chosen["HEADS"])
+    parts = max(1, min(cdiv(PROGRAMS, max(1, B * blocks)), cdiv(S, chosen["LEAST"])))
     out, lse = empty((B, H, R), q_rope.dtype, device), empty((B, H), torch.float32, device)
     part_out, part_lse = out, lse
     if parts > 1:
@@ -132,14 +132,14 @@ def _launch(q_latent, q_rope, latent, rope, starts, lengths, mask, scale):
         None if mask is None else mask.view(torch.int8), part_out, part_lse, H, S, parts, scale,
         *((0, 0, 0) if q_latent is None else q_latent.stride()), *q_rope.stride(), *latent.stride(), *rope.stride(),
         *((0, 0) if mask is None else mask.stride()),
-        R=R, E=E, R_PAD=max(16, triton.next_power_of_2(R)), E_TILE=min(128, max(16, triton.next_power_of_2(E))),
+        R=R, E=E, R_PAD=max(16, power_of_2(R)), E_TILE=min(128, max(16, power_of_2(E))),
         PRECISION="ieee", **chosen,
     )  # fmt: skip
     if parts > 1:
         combine = tiles("mla_decode_combine", device)
         launch(
-            mla_decode_combine, (B * H, triton.cdiv(R, combine["COLUMNS"])), part_out, part_lse, out, lse, parts,
-            R=R, PARTS_PAD=triton.next_power_of_2(parts), **combine,
+            mla_decode_combine, (B * H, cdiv(R, combine["COLUMNS"])), part_out, part_lse, out, lse, parts,
+            R=R, PARTS_PAD=power_of_2(parts), **combine,
         )  # fmt: skip
     return out, lse
 
