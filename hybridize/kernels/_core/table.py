@@ -9,6 +9,7 @@ from hybridize.kernels._core.spec import OpSpec
 SPECS = {
     "linear_kl": "hybridize.kernels.linear_kl.spec:LINEAR_KL",
     "mla_decode": "hybridize.kernels.mla_decode.spec:MLA_DECODE",
+    "gla": "hybridize.kernels.gla.spec:GLA",
     "gated_rms_norm": "hybridize.kernels.gated_norm.spec:GATED_NORM",
 }
 
