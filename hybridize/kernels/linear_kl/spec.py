@@ -75,33 +75,34 @@ def directions_are_each_others(run, close, make):
     close(run(turned | {"kind": "jsd", "beta": 0.8})["loss"], run(inputs | {"kind": "jsd", "beta": 0.2})["loss"])
 
 
-def naive(student, head, teacher, teacher_head, labels, kind, *rest):
-    """All logits at once, in fp32; forward KL at a temperature of 1."""
-    log_q, log_p = ((x @ w.T).float().log_softmax(-1) for x, w in ((student, head), (teacher, teacher_head)))
+def naive(student_ND, student_head_VD, teacher_NE, teacher_head_VE, **options):
+    """All logits at once, in fp32; forward KL at a temperature of 1, as for all anchors."""
+    logits = student_ND @ student_head_VD.T, teacher_NE @ teacher_head_VE.T
+    log_q, log_p = (z.float().log_softmax(-1) for z in logits)
     return torch.nn.functional.kl_div(log_q, log_p, reduction="batchmean", log_target=True)
 
 
-def liger_chunked(student, head, teacher, teacher_head, labels, kind, *rest):
-    """Liger's chunked loss, forward KL as beta = 0."""
+def liger_chunked(student_ND, student_head_VD, teacher_NE, teacher_head_VE, **options):
+    """Liger's chunked loss at beta = 0, compiled."""
     from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss  # pyright: ignore[reportMissingImports]
 
-    loss = LigerFusedLinearJSDLoss(weight_hard_loss=0.0, weight_soft_loss=1.0, beta=0.0, temperature=1.0)
-    unused = torch.zeros(len(student), dtype=torch.long, device=student.device)
-    return loss(student, head, teacher, teacher_head, unused, None, None)
+    loss = LigerFusedLinearJSDLoss(weight_hard_loss=0.0, weight_soft_loss=1.0, beta=0.0)
+    unused = torch.zeros(len(student_ND), dtype=torch.long, device=student_ND.device)
+    return loss(student_ND, student_head_VD, teacher_NE, teacher_head_VE, unused, None, None)
 
 
-def liger_fused(student, head, teacher, teacher_head, labels, kind, *rest):
-    """Liger's fused linear JSD, forward KL as beta = 0."""
-    from liger_kernel.transformers import LigerFusedLinearJSD  # pyright: ignore[reportMissingImports]
+def liger_fused(student_ND, student_head_VD, teacher_NE, teacher_head_VE, **options):
+    """Liger's fused linear JSD at beta = 0."""
+    from liger_kernel.transformers.fused_linear_jsd import LigerFusedLinearJSD  # pyright: ignore[reportMissingImports]
 
-    return LigerFusedLinearJSD(jsd_beta=0.0)(student, head, teacher, teacher_head, None)
+    return LigerFusedLinearJSD(jsd_beta=0.0)(student_ND, student_head_VD, teacher_NE, teacher_head_VE, None)
 
 
-def fla_fused(student, head, teacher, teacher_head, labels, kind, *rest):
+def fla_fused(student_ND, student_head_VD, teacher_NE, teacher_head_VE, **options):
     """flash-linear-attention's fused KL, batchmean."""
     from fla.modules import FusedKLDivLoss  # pyright: ignore[reportMissingImports]
 
-    return FusedKLDivLoss()(student, teacher, head, teacher_head)
+    return FusedKLDivLoss()(student_ND, teacher_NE, student_head_VD, teacher_head_VE)
 
 
 LLAMA = {"D": 4096, "E": 4096, "V": 128256, "chunk": 256}

@@ -90,14 +90,22 @@ def heads_are_alike(run, close, make):
         close(value, expected[name].flip(1))
 
 
-def by_bmm(q_latent_BHR, q_rope_BHE, latent_BSR, rope_BSE, starts_B, lengths_B, mask_BS, scale):
-    """Two products and a softmax, in the inputs' dtype, without padding."""
+def by_bmm(q_latent_BHR, q_rope_BHE, latent_BSR, rope_BSE, scale, **bounds):
+    """Products and a softmax in the inputs' dtype, over all tokens."""
     scores = q_latent_BHR @ latent_BSR.mT + q_rope_BHE @ rope_BSE.mT
     return (scores * scale).float().softmax(-1).to(latent_BSR.dtype) @ latent_BSR
 
 
-def by_sdpa(q_latent_BHR, q_rope_BHE, latent_BSR, rope_BSE, starts_B, lengths_B, mask_BS, scale):
-    """PyTorch's attention with heads as rows of one head; the concatenations are part of it."""
+def expanded(q_latent_BHR, q_rope_BHE, latent_BSR, rope_BSE, scale, **bounds):
+    """What absorbing replaces, less the expansion itself: keys and values of every head, in memory."""
+    q = torch.cat([q_latent_BHR, q_rope_BHE], -1)[:, :, None]
+    k = torch.cat([latent_BSR, rope_BSE], -1)[:, None].expand(-1, q.shape[1], -1, -1)
+    v = latent_BSR[:, None].expand(-1, q.shape[1], -1, -1)
+    return torch.nn.functional.scaled_dot_product_attention(q, k, v, scale=scale)[:, :, 0]
+
+
+def by_sdpa(q_latent_BHR, q_rope_BHE, latent_BSR, rope_BSE, scale, **bounds):
+    """PyTorch's attention with heads as rows of one head, over all tokens; the concatenations are part of it."""
     q = torch.cat([q_latent_BHR, q_rope_BHE], -1)[:, None]
     k = torch.cat([latent_BSR, rope_BSE], -1)[:, None]
     return torch.nn.functional.scaled_dot_product_attention(q, k, latent_BSR[:, None], scale=scale)[:, 0]
@@ -140,5 +148,5 @@ MLA_DECODE = OpSpec(
     ),
     flops=flops,
     bytes=least_bytes,
-    anchors={"bmm": ("torch", by_bmm), "sdpa": ("torch", by_sdpa)},
+    anchors={"bmm": ("torch", by_bmm), "sdpa": ("torch", by_sdpa), "sdpa, a head each": ("torch", expanded)},
 )
