@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from hybridize.kernels._core import dispatch, launch
-from tests.tolerances import assert_close
+from tests.tolerances import assert_close, rms_ratio
 
 GUARD = 64
 NAMES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
@@ -60,14 +60,16 @@ def oracle(spec, inputs):
 
 
 def compare(actual, expected, row, grad=False):
+    """Fail beyond the tolerance; the error otherwise."""
     if expected is None:
         assert actual is None
-        return
+        return 0.0
     assert_close(actual.cpu(), expected, row, grad)
+    return rms_ratio(actual.cpu(), expected)
 
 
 def check_case(spec, case, dtype, impl, device="cpu", row=None):
-    """Forward without gradients, forward with them and every gradient against the oracle."""
+    """Forward without gradients, forward with them and every gradient against the oracle; returns the largest error."""
     row = row or NAMES[dtype]
     inputs, checks = {}, []
     for name, value in spec.make_inputs(case.sizes, dtype, device, 0).items():
@@ -78,32 +80,33 @@ def check_case(spec, case, dtype, impl, device="cpu", row=None):
     wide, expected = oracle(spec, inputs)
     with launch.overridden(dict(spec.tiles) if device == "cpu" else {}), launch.poisoned():
         found = runner(spec, impl)(inputs)
-        for name, value in expected.items():
-            compare(found[name], value, row)
+        errors = [compare(found[name], value, row) for name, value in expected.items()]
         if spec.grads:
-            check_gradients(spec, inputs, wide, expected, impl, row)
+            errors += check_gradients(spec, inputs, wide, expected, impl, row)
     for check in checks:
         check()
+    return max(errors)
 
 
 def check_gradients(spec, inputs, wide, expected, impl, row):
     leaves = {k: v.detach().requires_grad_() if k in spec.grads and v is not None else v for k, v in inputs.items()}
     found = named(spec, leaves, spec.function(**leaves, impl=impl))
     generator = torch.Generator().manual_seed(1)
-    pairs = []
+    pairs, errors = [], []
     for name, value in expected.items():
-        compare(found[name], value, row)
+        errors.append(compare(found[name], value, row))
         if value is not None and value.requires_grad:
             pairs.append((found[name], value, torch.randn(value.shape, generator=generator, dtype=torch.float64)))
     if not pairs:
-        return
+        return errors
     torch.autograd.backward([a for a, _, _ in pairs], [g.to(a) for a, _, g in pairs])
     torch.autograd.backward([b for _, b, _ in pairs], [g.to(a).cpu().double() for a, _, g in pairs])
     for name in spec.grads:
         if leaves[name] is not None:
             grad, want = leaves[name].grad, wide[name].grad
-            compare(grad, torch.zeros_like(wide[name]) if want is None else want,
-                    f"{row} decay" if name in spec.decay_grads else row, grad=True)  # fmt: skip
+            want = torch.zeros_like(wide[name]) if want is None else want
+            errors.append(compare(grad, want, f"{row} decay" if name in spec.decay_grads else row, grad=True))
+    return errors
 
 
 def check_invariant(spec, name, dtype, impl, device="cpu"):
@@ -111,7 +114,10 @@ def check_invariant(spec, name, dtype, impl, device="cpu"):
 
     def make(**sizes):
         seed = sizes.pop("seed", 0)
-        return spec.make_inputs(sizes, dtype, device, seed)
+        inputs = spec.make_inputs(sizes, dtype, device, seed)
+        if dtype != torch.float64:
+            return inputs
+        return {k: v.double() if isinstance(v, torch.Tensor) and v.dtype.is_floating_point else v for k, v in inputs.items()}
 
     def close(actual, expected):
         assert_close(actual, expected, row)
@@ -137,11 +143,14 @@ def planted(spec, bug, folder):
         (folder / f"{stems[path.stem]}.py").write_text(text, encoding="utf-8")
     sys.path.insert(0, str(folder))
     importlib.invalidate_caches()
+    before = dispatch.MODULES.pop((spec.op, "triton"), None)
     try:
-        dispatch.REPLACED[spec.op, "triton"] = importlib.import_module(stems["triton_impl"])
+        dispatch.MODULES[spec.op, "triton"] = importlib.import_module(stems["triton_impl"])
         yield
     finally:
-        dispatch.REPLACED.pop((spec.op, "triton"), None)
+        dispatch.MODULES.pop((spec.op, "triton"), None)
+        if before is not None:
+            dispatch.MODULES[spec.op, "triton"] = before
         sys.path.remove(str(folder))
         for alias in stems.values():
             sys.modules.pop(alias, None)

@@ -8,14 +8,20 @@ from pathlib import Path
 
 import pytest
 
-from hybridize.kernels._core.table import SPECS
+from hybridize.kernels._core.table import specs
 
 pytest.importorskip("triton", reason="Triton is not installed")
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[2]
 # Bytes that a kernel may spill at the tiles of the table, by (kernel, architecture), with the reason.
-SPILLS: dict[tuple[str, int], tuple[int, str]] = {}
+SHARED_C = "only where output heads share a head of C; rows of 16 would not, but read each state twice as often"
+SPILLS: dict[tuple[str, int], tuple[int, str]] = {
+    ("ssd_backward_reads", 80): (64, SHARED_C),
+    ("ssd_backward_reads", 90): (40, SHARED_C),
+    ("ssd_backward_reads", 100): (48, SHARED_C),
+    ("ssd_backward_writes", 100): (8, "only with documents; with 4 warps 24"),
+}
 
 
 def compiled(architecture, function, folder, *options):
@@ -27,7 +33,7 @@ def compiled(architecture, function, folder, *options):
     return json.loads(target.read_text(encoding="utf-8"))
 
 
-@pytest.mark.parametrize("function", SPECS)
+@pytest.mark.parametrize("function", [spec.name for spec in specs() if "triton" in spec.impls])
 class TestCompiled:
     @pytest.mark.parametrize("architecture", [80, 90, 100])
     def test_it_fits_and_spills_nothing_that_is_not_listed(self, function, architecture, tmp_path):

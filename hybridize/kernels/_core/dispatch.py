@@ -23,8 +23,8 @@ from hybridize.errors import ConfigError
 LOG = logging.getLogger(__name__)
 
 VARIABLE = "HYBRIDIZE_KERNELS"
-# Modules that stand in for an implementation, by (op, name).
-REPLACED: dict[tuple[str, str], Any] = {}
+# Implementations that were asked for, by (op, name).
+MODULES: dict[tuple[str, str], Any] = {}
 SAID: set[str] = set()
 
 
@@ -47,11 +47,13 @@ def fast_path(op: str, function: str, impl: str, *arguments: Any) -> Callable[..
     named = name != "auto"
     if not named and device.type != "cuda":
         return None
-    module, reason = implementation(op, name if named else "triton", device.type)
-    if module is not None:
+    name = name if named else "triton"
+    reason = unavailable(op, name, device.type)
+    if reason == "":
+        module = MODULES[op, name]
         reason = getattr(module, f"refuses_{function}")(*arguments)
-    if reason is None:
-        return getattr(module, function)
+        if reason is None:
+            return getattr(module, function)
     if named:
         raise ConfigError(f"run {function} with {name}: {reason}. Take impl 'auto' or 'torch', or unset {VARIABLE}")
     _say(f"{function} runs in PyTorch: {reason}")
@@ -59,23 +61,19 @@ def fast_path(op: str, function: str, impl: str, *arguments: Any) -> Callable[..
 
 
 @torch.compiler.assume_constant_result
-def implementation(op: str, name: str, device: str) -> tuple[Any, str | None]:
-    """(the module of an implementation, None), or (None, why there is none)."""
-    if (op, name) in REPLACED:
-        return REPLACED[op, name], None
-    try:
-        module = importlib.import_module(f"hybridize.kernels.{op}.{name}_impl")
-    except ImportError as error:
-        if error.name == f"hybridize.kernels.{op}.{name}_impl":
-            return None, f"there is no implementation {name!r} of {op}"
-        return None, f"{error.name} is not installed"
-    if device not in module.DEVICES:
-        return None, f"got tensors on {device}, expected {' or '.join(module.DEVICES)}"
-    return module, None
+def unavailable(op: str, name: str, device: str) -> str:
+    """Why an implementation is not there for a type of device, or nothing: then it is among MODULES."""
+    if (op, name) not in MODULES:
+        full = f"hybridize.kernels.{op}.{name}_impl"
+        try:
+            MODULES[op, name] = importlib.import_module(full)
+        except ImportError as error:
+            return f"there is no implementation {name!r} of {op}" if error.name == full else f"{error.name} is not installed"
+    known = MODULES[op, name].DEVICES
+    return "" if device in known else f"got tensors on {device}, expected {' or '.join(known)}"
 
 
-@torch.compiler.disable
 def _say(text: str) -> None:
-    if text not in SAID:
+    if text not in SAID and not torch.compiler.is_compiling():
         SAID.add(text)
         LOG.info(text)

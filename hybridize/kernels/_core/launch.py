@@ -1,7 +1,7 @@
 """Launching Triton kernels: tiles from a checked-in table, scratch that tests can poison, compilation without a GPU.
 
 There is no autotuning at run time: it would tune anew for every head count, race with state that is updated in place, and make
-results differ from run to run. Tiles are rows of configs/<architecture>.json, by kernel; the first row whose `when` holds is taken:
+results differ from run to run. Tiles are rows of configs/sm_<capability>.json, by kernel; the first whose `when` holds counts:
 
     {"ssd_output": [{"when": {"P": 64, "N": 64}, "ROWS": 64, "num_warps": 4, "num_stages": 2}, {"ROWS": 64, ...}]}
 
@@ -121,3 +121,13 @@ def captured(take: Callable[..., None], architecture: int) -> Iterator[None]:
         yield
     finally:
         _captured, _architecture = before
+
+
+def cdiv(count: int, size: int) -> int:
+    """Pieces of `size` that hold `count`."""
+    return -(-count // size)
+
+
+def power_of_2(count: int) -> int:
+    """The smallest power of two that is not below `count`, at least 1."""
+    return 1 << max(count - 1, 0).bit_length()

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch.autograd.function import once_differentiable
 
-from hybridize.kernels._core.launch import DEVICES, empty, launch, tiles
+from hybridize.kernels._core.launch import DEVICES, cdiv, empty, launch, power_of_2, tiles
 from hybridize.kernels._core.library import registered
 from hybridize.kernels._core.tl_utils import silu, silu_slope
 
@@ -81,7 +81,7 @@ def gated_norm_backward(
 
 
 def _constants(group_size, gate_first):
-    return {"SIZE": group_size, "BLOCK": triton.next_power_of_2(group_size), "GATE_FIRST": gate_first}
+    return {"SIZE": group_size, "BLOCK": power_of_2(group_size), "GATE_FIRST": gate_first}
 
 
 def _forward(y_nD, z_nD, weight, eps, group_size, gate_first):
@@ -89,7 +89,7 @@ def _forward(y_nD, z_nD, weight, eps, group_size, gate_first):
     out = empty((tokens, width), y_nD.dtype, device)
     chosen = tiles("gated_norm_forward", device, SIZE=group_size)
     launch(
-        gated_norm_forward, (triton.cdiv(tokens, chosen["ROWS"]), width // group_size),
+        gated_norm_forward, (cdiv(tokens, chosen["ROWS"]), width // group_size),
         y_nD, z_nD, weight, out, y_nD.stride(0), z_nD.stride(0), tokens, width, eps,
         **_constants(group_size, gate_first), **chosen,
     )  # fmt: skip
@@ -100,9 +100,9 @@ def _backward(y_nD, z_nD, weight, dout_nD, eps, group_size, gate_first):
     (tokens, width), device = y_nD.shape, y_nD.device
     dy, dz = (empty((tokens, width), t.dtype, device) for t in (y_nD, z_nD))
     chosen = tiles("gated_norm_backward", device, SIZE=group_size)
-    blocks = triton.cdiv(tokens, chosen["ROWS"])
-    steps = triton.cdiv(blocks, max(1, PARTS * group_size // width))
-    parts = triton.cdiv(blocks, steps) if blocks else 0
+    blocks = cdiv(tokens, chosen["ROWS"])
+    steps = cdiv(blocks, max(1, PARTS * group_size // width))
+    parts = cdiv(blocks, steps) if blocks else 0
     partial = empty((parts, width), torch.float32, device)
     launch(
         gated_norm_backward, (parts, width // group_size),
