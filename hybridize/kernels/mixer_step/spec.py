@@ -70,7 +70,7 @@ def _mamba2_prefill(one, many):
     xBC, conv = causal_conv1d(many["xBC_BC"], one["weight_CK"], one["bias_C"], one["conv_BCK1"], impl="torch")
     x, B, C = (t.unflatten(-1, (-1, 16)) for t in xBC.split([16, 16, 32], dim=-1))
     dt = torch.nn.functional.softplus(many["dt_BH"] + one["dt_bias_H"])
-    y, state = ssd(x, dt, -torch.exp(one["A_log_H"].to(one["z_BI"])), B, C, one["D_H"], one["state_BHPN"])
+    y, state = ssd(x, dt, -torch.exp(one["A_log_H"].to(one["z_BI"])), B, C, one["D_H"], one["state_BHPN"], impl="torch")
     return gated_rms_norm(y.flatten(2), many["z_BI"], one["norm_I"], one["eps"], 16, impl="torch"), conv, state
 
 

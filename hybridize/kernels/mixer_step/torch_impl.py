@@ -24,7 +24,7 @@ def mamba2_composed(
     x, B, C = xBC_BC.split([groups * P, groups * N, heads * N], dim=-1)
     x, B, C = x.unflatten(-1, (groups, P)), B.unflatten(-1, (groups, N)), C.unflatten(-1, (heads, N))
     dt = F.softplus(dt_BH.to(dtype) + dt_bias_H.to(dtype))
-    y = ssd_step(x, dt, -torch.exp(A_log_H.to(dtype)), B, C, D_H, state_BHPN)
+    y = ssd_step(x, dt, -torch.exp(A_log_H.to(dtype)), B, C, D_H, state_BHPN, impl=impl)
     return gated_rms_norm(y.flatten(1), z_BI, norm_I, eps, P, impl=impl)
 
 
