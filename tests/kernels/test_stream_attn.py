@@ -116,7 +116,7 @@ def test_a_model_on_the_kernels(tmp_path, monkeypatch):
     names = ("stream_attn", "stream_attn_step")
     refusals = {f"refuses_{name}": getattr(real, f"refuses_{name}") for name in names}
     replaced = types.SimpleNamespace(DEVICES=real.DEVICES, **{name: counted(name) for name in names}, **refusals)
-    monkeypatch.setitem(dispatch.REPLACED, ("stream_attn", "triton"), replaced)
+    monkeypatch.setitem(dispatch.MODULES, ("stream_attn", "triton"), replaced)
     monkeypatch.setenv(dispatch.VARIABLE, "triton")
     with overridden({**STREAM_ATTN.tiles, **STREAM_ATTN_STEP.tiles}):
         assert_close(padded(), want[0], "fp32")

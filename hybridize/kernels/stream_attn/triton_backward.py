@@ -92,7 +92,8 @@ def before_chunk(starts_ptr, first, window, PACKED: tl.constexpr):
     start = 0
     if PACKED:
         start = tl.load(starts_ptr + first)
-    return start, tl.maximum(start, first - window + 1)
+    low = tl.maximum(start, first - window + 1)
+    return start, low
 
 
 @triton.jit
