@@ -154,7 +154,7 @@ class DeltaMixer(nn.Module):
             beta = beta * padding_mask[:, :, None]
             g = g * padding_mask.view(*padding_mask.shape, *(1,) * (g.dim() - 2))
         weight = self.conv1d.weight[:, 0]
-        past = entry if entry is not None and entry.seen > 0 else None
+        past = entry if entry is not None and entry.is_initialized else None
         if past is not None:
             past.conv, past.state = past.conv.to(qkv), past.state.to(qkv.device)
         if past is not None and new == 1:
@@ -166,10 +166,9 @@ class DeltaMixer(nn.Module):
             q, k, v = self._heads(qkv, position_embeddings)
             y, state = gdn(q, k, v, g, beta, None if past is None else past.state, segment_ids)
             if entry is not None:
-                entry.conv, entry.state = conv.detach(), state.detach()
+                entry.hold(conv=conv.detach(), state=state.detach())
         if entry is not None:
-            entry.seen += new
-            entry.is_initialized = True
+            entry.advance(hidden_states)
         return self.gated(y.to(hidden_states.dtype), hidden_states).flatten(2)
 
     def mixing_matrix(self, hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor]) -> Tensor:

@@ -187,21 +187,20 @@ class Mamba2Mixer(nn.Module):
             dt = dt * padding_mask[:, :, None]
         weight, bias = self.conv1d.weight[:, 0], self.conv1d.bias
         A = -torch.exp(self.A_log.float())
-        if entry is not None and entry.seen > 0 and new == 1:
+        if entry is not None and entry.is_initialized and new == 1:
             entry.conv, entry.state = entry.conv.to(xBC), entry.state.to(xBC.device)
             xBC = causal_conv1d_step(xBC[:, 0], weight, bias, entry.conv)
             x, b, c = self._heads(xBC)
             y = ssd_step(x, dt[:, 0], A, b, c, self.D, entry.state)[:, None]
         else:
-            past = entry if entry is not None and entry.seen > 0 else None
+            past = entry if entry is not None and entry.is_initialized else None
             xBC, conv = causal_conv1d(xBC, weight, bias, None if past is None else past.conv, "silu", segment_ids)
             x, b, c = self._heads(xBC)
             y, state = ssd(x, dt, A, b, c, self.D, None if past is None else past.state, segment_ids)
             if entry is not None:
-                entry.conv, entry.state = conv.detach(), state.detach()
+                entry.hold(conv=conv.detach(), state=state.detach())
         if entry is not None:
-            entry.seen += new
-            entry.is_initialized = True
+            entry.advance(hidden_states)
         y = y.reshape(batch, new, self.inner)
         if memories is not None and memories.wants(self.layer_idx):
             memories.leave(self.layer_idx, self.norm.ungated(y))

@@ -1,0 +1,73 @@
+"""Where an entry of fixed size keeps what a reach can read: formulas of a token's position, the same operations at any length.
+
+The entry of a cache that grows (windowed.py) has no slot too many, but which slot a token gets depends on what lay there before.
+
+Letters: B batch, T new tokens, G key/value heads, d head width.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class Ring:
+    """Slots for the tokens that last, in their order, then slots for the window, taken in turn.
+
+    A token that lasts is written to both; its lasting slot is read once the window has moved on.
+
+    Args:
+        reach: the Reach whose tokens are kept.
+        capacity: tokens of the longest text.
+    """
+
+    def __init__(self, reach: Any, capacity: int):
+        self.reach = reach
+        self.lasting, self.window = reach.lasting(capacity), min(reach.window, capacity)
+        self.slots = self.lasting + self.window
+
+    def places(self, count: Tensor) -> Tensor:
+        """Position held by each slot once `count` [B] tokens of a row were seen, [B, slots]; -1 is an empty slot."""
+        rank, turn = (torch.arange(slots, device=count.device) for slots in (self.lasting, self.window))
+        count = count[:, None]
+        early = self.reach.nth_lasting(rank)[None]
+        late = count - 1 - (count - 1 - turn) % self.window
+        return torch.cat([torch.where(early < count, early, -1), late.clamp(min=-1)], dim=1)
+
+    def read(self, count: Tensor) -> Tensor:
+        """As `places`, but -1 also for lasting slots whose token is still in the window: each token is there once."""
+        early, late = self.places(count).split([self.lasting, self.window], dim=1)
+        return torch.cat([torch.where(early < count[:, None] - self.window, early, -1), late], dim=1)
+
+    def write(self, held: Tensor, new: Tensor, before: Tensor, real: Tensor | None) -> None:
+        """Put new tokens into their slots, in place.
+
+        Args:
+            held: [B, G, slots, d].
+            new: [B, G, T, d].
+            before: tokens that each row has seen, [B].
+            real: [B, T] bool, False on left padding; None is no padding.
+        """
+        if new.shape[2] == 1 and real is None:
+            _put(held, new, self.lasting + before % self.window)
+            if self.lasting:
+                lasts = self.reach.lasts(before)
+                rank = torch.where(lasts, self.reach.lasting(before), 0)
+                # What does not last leaves the first slot as it is.
+                _put(held, torch.where(lasts[:, None, None, None], new, held.gather(2, _index(rank, new))), rank)
+            return
+        tokens = new.shape[2] if real is None else real.sum(dim=1)
+        place = self.places(before + tokens)
+        # Padding is on the left, so a count is enough.
+        column = (place - before[:, None] + new.shape[2] - (before * 0 + tokens)[:, None]).clamp(min=0)
+        source = column[:, None, :, None].expand(-1, new.shape[1], -1, new.shape[3])
+        held.copy_(torch.where((place >= before[:, None])[:, None, :, None], new.gather(2, source), held))
+
+
+def _index(slot: Tensor, like: Tensor) -> Tensor:
+    """[B] -> what gather and scatter want for one token, [B, G, 1, d]."""
+    return slot[:, None, None, None].expand(-1, like.shape[1], 1, like.shape[3])
+
+
+def _put(held: Tensor, new: Tensor, slot: Tensor) -> None:
+    held.scatter_(2, _index(slot, new), new)
