@@ -10,6 +10,8 @@ from hybridize.static_cache import HybridStaticCache
 
 # Steps before the capture, in which libraries take their workspaces and kernels are compiled; what they write is put back.
 WARM_UP = 3
+# Rotary embeddings whose angles follow from the largest position, which only the host can act on.
+ASKS_THE_HOST = ("dynamic", "longrope")
 
 
 class GraphedDecoder:
@@ -19,7 +21,8 @@ class GraphedDecoder:
     logits come out. Whatever is changed in model or cache after that, apart from values in place, needs a new decoder.
 
         cache = HybridStaticCache(model.config, max_tokens=4096)
-        logits = model(prompt, past_key_values=cache, logits_to_keep=1).logits[:, -1]
+        with torch.no_grad():
+            logits = model(prompt, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
         decoder = GraphedDecoder(model, cache)
         for _ in range(100):
             logits = decoder.step(logits.argmax(-1, keepdim=True))
@@ -30,7 +33,8 @@ class GraphedDecoder:
         attention_mask: of the prompt, [B, tokens], 0 on left padding; None is no padding.
 
     Raises:
-        ConfigError: another cache, an empty one, a model in training, or a mask that is not the prompt's.
+        ConfigError: another cache, an empty one, a model in training, a rotary embedding that asks for the text's length, or a
+            mask that is not the prompt's.
     """
 
     def __init__(self, model: Any, cache: HybridStaticCache, attention_mask: Tensor | None = None):
@@ -42,6 +46,10 @@ class GraphedDecoder:
             raise ConfigError("the static cache is empty, expected one that holds the prompt. Call the model with it first")
         if model.training:
             raise ConfigError("the model is in training, expected eval mode. Call model.eval()")
+        if (kind := (model.config.rope_parameters or {}).get("rope_type")) in ASKS_THE_HOST:
+            raise ConfigError(
+                f"rope_type is {kind!r}, expected one whose angles do not follow from the length. Call the model itself"
+            )
         self.model, self.cache = model, cache
         batch, device = cache.rows, model.device
         self.ids = torch.zeros(batch, 1, dtype=torch.long, device=device)
@@ -52,10 +60,11 @@ class GraphedDecoder:
                 raise ConfigError(
                     f"attention_mask has shape {tuple(attention_mask.shape)}, expected that of the prompt, {(batch, cache.taken)}"
                 )
+            real = attention_mask.to(device).bool()
             # Whatever is decoded is no padding.
             self.mask = torch.ones(batch, cache.max_tokens, dtype=torch.bool, device=device)
-            self.mask[:, : cache.taken] = attention_mask.to(device).bool()
-            self.positions -= (~attention_mask.to(device).bool()).sum(dim=1, keepdim=True)
+            self.mask[:, : cache.taken] = real
+            self.positions -= (~real).sum(dim=1, keepdim=True)
         self.logits: Tensor | None = None
         self.graph: torch.cuda.CUDAGraph | None = None
 
@@ -68,32 +77,25 @@ class GraphedDecoder:
         self.positions += 1
         return out.logits[:, -1]
 
-    def capture(self) -> None:
-        """Capture the step; cache and buffers are afterwards as before.
-
-        Raises:
-            ConfigError: the model is not on a CUDA device.
-        """
-        if self.model.device.type != "cuda":
-            raise ConfigError(
-                f"the model is on {self.model.device}, expected a CUDA device: graphs are CUDA's. Call the model itself"
-            )
-        state, taken = [*self.cache.tensors(), self.positions], self.cache.taken
+    def _capture(self) -> Tensor:
+        """Capture a step whose token is counted already; tensors are afterwards as before. Returns its logits, not yet filled."""
+        state, device = [*self.cache.tensors(), self.positions], self.model.device
         before = [tensor.clone() for tensor in state]
-        stream = torch.cuda.Stream(self.model.device)
-        stream.wait_stream(torch.cuda.current_stream(self.model.device))
+        stream = torch.cuda.Stream(device)
+        stream.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(stream):
             for _ in range(WARM_UP):
-                self.cache.taken = taken - 1
+                self.cache.taken -= 1
                 self.run()
                 for tensor, was in zip(state, before, strict=True):
                     tensor.copy_(was)
-        torch.cuda.current_stream(self.model.device).wait_stream(stream)
-        self.cache.taken = taken - 1
+        torch.cuda.current_stream(device).wait_stream(stream)
+        self.cache.taken -= 1
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            self.logits = self.run()
-        self.graph, self.cache.taken = graph, taken
+            logits = self.run()
+        self.graph = graph
+        return logits
 
     def step(self, ids: Tensor) -> Tensor:
         """Read one token of each row.
@@ -109,11 +111,13 @@ class GraphedDecoder:
         """
         if ids.shape != self.ids.shape:
             raise ConfigError(f"ids have shape {tuple(ids.shape)}, expected {tuple(self.ids.shape)}: one token of each row")
+        if self.model.device.type != "cuda":
+            raise ConfigError(f"the model is on {self.model.device}, expected a CUDA device. Elsewhere call the model itself")
+        self.cache.take(1)
         if self.graph is None:
-            self.capture()
+            self.logits = self._capture()
         assert self.graph is not None
         assert self.logits is not None
-        self.cache.take(1)
         self.ids.copy_(ids)
         self.graph.replay()
         return self.logits
