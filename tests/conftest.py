@@ -8,6 +8,10 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import torch  # noqa: E402
 
+# Triton reads it when a kernel is defined. Without a GPU its kernels run on the CPU, one program after the other.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 
 def data_root() -> Path:
     """The shared test data: $HYBRIDIZE_DATA, or beside the repository."""

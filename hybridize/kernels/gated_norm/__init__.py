@@ -13,11 +13,12 @@ import torch
 import torch.nn.functional as F
 
 from hybridize.errors import ConfigError
+from hybridize.kernels._core.dispatch import fast_path
 
 __all__ = ["gated_rms_norm"]
 
 
-def gated_rms_norm(y, z, weight, eps, group_size, gate_first=True):
+def gated_rms_norm(y, z, weight, eps, group_size, gate_first=True, impl="auto"):
     """Gate and normalise the last dim in groups of `group_size` channels. Differentiable.
 
     Args:
@@ -27,12 +28,13 @@ def gated_rms_norm(y, z, weight, eps, group_size, gate_first=True):
         eps: added to the mean square, > 0.
         group_size: channels per group; divides D. D itself gives one plain RMS norm.
         gate_first: True gates before the norm, False after it.
+        impl: "auto", "torch" or "triton".
 
     Returns:
         out: [..., D], dtype of y.
 
     Raises:
-        ConfigError: a shape, or a group size that does not divide D.
+        ConfigError: a shape, a group size that does not divide D, or an `impl` that cannot run.
 
     Numerics: gate, statistics and scale in fp32 (fp64 for fp64 values), one rounding at the end.
     Cost: O(D) per token.
@@ -46,6 +48,8 @@ def gated_rms_norm(y, z, weight, eps, group_size, gate_first=True):
         raise ConfigError(f"run gated_rms_norm: weight: got shape {tuple(weight.shape)}, expected {tuple(y.shape[-1:])}.")
     if group_size < 1 or y.shape[-1] % group_size:
         raise ConfigError(f"run gated_rms_norm: group_size: got {group_size}, expected a divisor of {y.shape[-1]}.")
+    if fast := fast_path("gated_norm", "gated_rms_norm", impl, y, z, weight, eps, group_size, gate_first):
+        return fast(y, z, weight, eps, group_size, gate_first)
     dtype = torch.float64 if y.dtype == torch.float64 else torch.float32
     values, gate = y.to(dtype), F.silu(z.to(dtype))
     if gate_first:

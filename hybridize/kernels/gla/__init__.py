@@ -10,6 +10,7 @@ Letters: B batch, T tokens, H query heads, S state heads, N key dim, P value dim
 import torch
 
 from hybridize.errors import ConfigError
+from hybridize.kernels._core.dispatch import fast_path
 from hybridize.kernels.chunks import compute_dtype
 from hybridize.kernels.gla.torch_impl import gla_chunked
 
@@ -20,7 +21,7 @@ CHUNK_TRAINING = 64  # a chunk leaves a state to the backward
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
-def gla(q_BTHN, k_BTSN, v_BTSP, log_decay_BTSE, state_BSNP=None, segments_BT=None, chunk=None):
+def gla(q_BTHN, k_BTSN, v_BTSP, log_decay_BTSE, state_BSNP=None, segments_BT=None, chunk=None, impl="auto"):
     """Run the recurrence over T tokens; return outputs and the state after the last token.
 
     state_t = diag(exp(log_decay_t)) state_{t-1} + k_t v_t^T,   y_t = state_t^T q_t
@@ -34,13 +35,14 @@ def gla(q_BTHN, k_BTSN, v_BTSP, log_decay_BTSE, state_BSNP=None, segments_BT=Non
         segments_BT: integer document ids, [B, T], non-decreasing along T; the state is reset where the id differs from
             that of the token before. `state_BSNP` belongs to the document of the first token.
         chunk: tokens per chunk; None takes 32 without and 64 with gradients. It changes the speed, not the result.
+        impl: "auto" or "torch", which are the same here.
 
     Returns:
         y_BTHP: outputs, [B, T, H, P], dtype of v.
         state_BSNP: state after the last token, fp32 (fp64 for fp64 values).
 
     Raises:
-        ConfigError: a shape, a dtype, head counts that do not divide, or a chunk below 1.
+        ConfigError: a shape, a dtype, head counts that do not divide, a chunk below 1, or an `impl` that there is not.
 
     Numerics: products, states, decays in fp32 (fp64 for fp64 values), log decays summed in fp64; no factor above one.
     Cost: O(T L (N + P) + T N P) per head for chunks of L; training keeps T/L states. Differentiable once, in every
@@ -53,6 +55,9 @@ def gla(q_BTHN, k_BTSN, v_BTSP, log_decay_BTSE, state_BSNP=None, segments_BT=Non
             f"run gla: segments_BT: got {segments_BT.dtype} {tuple(segments_BT.shape)}, "
             f"expected integers of shape {tuple(q_BTHN.shape[:2])}."
         )
+    arguments = (q_BTHN, k_BTSN, v_BTSP, log_decay_BTSE, state_BSNP, segments_BT)
+    if fast := fast_path("gla", "gla", impl, *arguments):
+        return fast(*arguments)
     if chunk is None:
         tracked = (t for t in (q_BTHN, k_BTSN, v_BTSP, log_decay_BTSE, state_BSNP) if t is not None)
         training = torch.is_grad_enabled() and any(t.requires_grad for t in tracked)
