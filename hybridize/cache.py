@@ -39,7 +39,7 @@ class ForgetfulLayer(CacheLayerMixin):
             setattr(self, name, None)
 
     @classmethod
-    def fixed(cls, capacity: int) -> "ForgetfulLayer":
+    def fixed(cls, capacity: int) -> Any:
         """An entry whose tensors never move, for a text of at most `capacity` tokens."""
         entry = cls()
         entry.capacity, entry.is_compileable = capacity, True
@@ -220,7 +220,7 @@ class LatentLayer(DynamicLayer):
     positions: Any = None
 
     @classmethod
-    def fixed(cls, capacity: int) -> "FixedLatents":
+    def fixed(cls, capacity: int) -> FixedLatents:
         """An entry whose tensors never move, for a text of at most `capacity` tokens."""
         return FixedLatents(capacity)
 

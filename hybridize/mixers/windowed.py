@@ -328,7 +328,8 @@ class WindowedAttention(nn.Module):
             else:
                 # Overwrite the token that just left the window, in place.
                 slot = torch.full((1,), reach.slot(leaving), device=k.device)
-                keys.index_copy_(2, slot, k), values.index_copy_(2, slot, v)
+                keys.index_copy_(2, slot, k)
+                values.index_copy_(2, slot, v)
             return self._sdpa(q, keys, values, None), (keys, values)
         batch = q.shape[0]
         pads = torch.zeros(batch, dtype=torch.long, device=q.device) if entry.pads is None else entry.pads
