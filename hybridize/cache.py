@@ -70,8 +70,10 @@ class ForgetfulLayer(CacheLayerMixin):
         raise ConfigError(f"{type(self).__name__} is filled by its mixer; this model and this cache do not belong together")
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        # Nobody reads a mask of the library's in a layer that forgets; one of a fixed size has to be of some size.
-        return (self.seen if self.capacity is None else 0) + query_length, 0
+        # Layers that forget read no mask of the library's, but it may be sized for others by the first of them.
+        if self.capacity is not None:
+            return self.capacity if self.is_initialized else query_length, 0
+        return self.seen + query_length, 0
 
     def get_seq_length(self) -> int:
         return self.seen

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, StaticCache, StaticLayer
+from transformers.cache_utils import Cache, StaticLayer
 
 from hybridize.errors import ConfigError
 
@@ -68,8 +68,8 @@ class FixedLatents(FixedKeys):
 class HybridStaticCache(Cache):
     """A cache of fixed size for a hybrid: nothing in it moves, and a step of one token runs the same operations at any length.
 
-    Entries take their memory in the first call, which is the prompt's. Attention that was kept, and latents, have room for
-    `max_tokens`; states and windows are as large as they ever become.
+    Entries take their memory in the first call, which is the prompt's. Attention that was kept, also with a sliding window of the
+    base's, and latents have room for `max_tokens`; states and windows are as large as they ever become.
 
     Args:
         config: a hybrid's.
@@ -80,19 +80,13 @@ class HybridStaticCache(Cache):
         taken: tokens read so far, as far as calls outside of torch.compile and of a CUDA graph know it.
 
     Raises:
-        ConfigError: fewer than one token, or kept attention with a sliding window.
+        ConfigError: fewer than one token.
     """
 
     def __init__(self, config: Any, max_tokens: int):
         if max_tokens < 1:
             raise ConfigError(f"max_tokens is {max_tokens}, expected at least 1")
-        names = [spec["name"] for spec in config.mixers]
-        for index, layer in enumerate(StaticCache(config, max_tokens).layers):
-            if type(layer) is not StaticLayer and names[index] == "attention":
-                raise ConfigError(
-                    f"layer {index}: mixer 'attention' with a sliding window has no entry of fixed size. Use a DynamicCache"
-                )
-        super().__init__(layers=[FixedKeys(max_tokens) for _ in names])
+        super().__init__(layers=[FixedKeys(max_tokens) for _ in config.mixers])
         self.max_tokens, self.taken, self.rows = max_tokens, 0, 0
 
     def entry(self, layer_idx: int, kind: type[Any]) -> Any:

@@ -52,7 +52,7 @@ def wide(model):
     model.double()
     for module in list(model.modules()):
         for child, norm in list(module.named_children()):
-            if type(norm).__name__ == "LlamaRMSNorm":
+            if type(norm).__name__ in ("LlamaRMSNorm", "MistralRMSNorm"):
                 setattr(module, child, WideNorm(norm))
     return model
 

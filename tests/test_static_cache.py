@@ -14,6 +14,7 @@ from hybridize.mixers.ring import Ring
 from hybridize.mixers.windowed import Reach
 from hybridize.modeling import build_model, hybrid_config
 from hybridize.static_cache import HybridStaticCache
+from tests.mixers.test_contract import SMALL
 from tests.remote.hybrids import model_of
 from tests.static import GROUPS, MIXED, devices, hybrid, read, recorded, wide
 from tests.tiny import SIZES
@@ -173,9 +174,26 @@ def test_a_graph_gives_the_models_logits(name, ids, mask):
         decoder.step(ids[:, :1])
 
 
-@pytest.mark.parametrize("beams", [1, 3])
-def test_generate_static(beams, ids, mask):
-    model = model_of("llama", MIXED)
+@pytest.mark.parametrize("first", ["attention", "streaming"])
+def test_kept_attention_with_a_sliding_window(first, ids, mask):
+    """The mask has the window; it is sized by whichever layer the library asks first."""
+    windowed = AutoConfig.for_model("mistral", **SIZES, sliding_window=4)
+    specs = [{"name": "attention"}, {"name": "streaming", **SMALL["streaming"]}, {"name": "attention"}]
+    model = wide(build_model(hybrid_config(windowed, specs if first == "attention" else specs[1:] + specs[:1])).eval())
+    real, positions = mask[:, :21].bool(), (mask.cumsum(1) - 1).clamp(min=0)[:, :21]
+    with torch.no_grad():
+        whole = model(ids[:, :21], attention_mask=mask[:, :21], position_ids=positions, use_cache=False).logits
+    cache = HybridStaticCache(model.config, 30)
+    assert_close(read(model, cache, ids, (9, *[1] * 12), mask)[real], whole[real], "fp64")
+    decoder = GraphedDecoder(model, cache, mask[:, :21])
+    first, stops = recorded(decoder.run)
+    assert stops == []
+    assert recorded(decoder.run)[0] == first
+
+
+@pytest.mark.parametrize(("family", "beams"), [("llama", 1), ("llama", 3), ("qwen3", 1)])
+def test_generate_static(family, beams, ids, mask):
+    model = model_of(family, MIXED)
     common = {"attention_mask": mask[:, :12], "max_new_tokens": 12, "do_sample": False, "num_beams": beams}
     common |= {"pad_token_id": 0, "eos_token_id": None}
     expected = model.generate(ids[:, :12], **common)
@@ -223,7 +241,3 @@ def test_what_does_not_fit_is_refused(ids):
         GraphedDecoder(model, DynamicCache())
     with pytest.raises(ConfigError, match="in training"):
         GraphedDecoder(model.train(), cache)
-    windowed = AutoConfig.for_model("mistral", **SIZES, sliding_window=4)
-    model = build_model(hybrid_config(windowed, [{"name": "attention"}] * 3))
-    with pytest.raises(ConfigError, match="layer 0: mixer 'attention' with a sliding window"):
-        HybridStaticCache(model.config, 8)
