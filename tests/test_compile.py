@@ -91,7 +91,7 @@ def test_every_mixer_over_a_static_cache(names, ids):
 @pytest.mark.parametrize("kind", [DynamicCache, HybridStaticCache])
 def test_with_padding_and_what_comes_behind_dynamo(kind, ids):
     """Left padding, and the graph made functional for a compiler: writes in place must come out of it."""
-    model, counter = model_of("llama", MIXED), CompileCounterWithBackend("aot_eager")
+    model, counter = hybrid("streaming", "mamba2"), CompileCounterWithBackend("aot_eager")
     mask = torch.ones_like(ids)
     mask[1, :3] = 0
     cache = kind(config=model.config) if kind is DynamicCache else kind(model.config, 30)

@@ -57,7 +57,7 @@ def test_logits_are_those_of_a_cache_that_grows(names, ids, mask):
 def test_a_wrong_ring_would_show(wrong, ids, monkeypatch):
     shown, write = Ring.read, Ring.write
     if wrong == "slot":
-        monkeypatch.setattr(Ring, "write", lambda self, held, new, before, real: write(self, held, new, before + 1, real))
+        monkeypatch.setattr(Ring, "write", lambda self, pairs, before, real: write(self, pairs, before + 1, real))
     elif wrong == "count":
         monkeypatch.setattr(Ring, "read", lambda self, count: shown(self, count + 1))
     else:
@@ -76,7 +76,7 @@ def test_a_ring_holds_what_the_reach_can_read(sink, block, stride):
     ring = Ring(reach, 30)
     held = torch.full((1, 1, ring.slots, 1), -1.0)
     for place in range(30):
-        ring.write(held, torch.full((1, 1, 1, 1), float(place)), torch.tensor([place]), None)
+        ring.write([(held, torch.full((1, 1, 1, 1), float(place)))], torch.tensor([place]), None)
         shown = ring.read(torch.tensor([place + 1]))[0]
         expected = [p for p in range(place + 1) if place - p < 4 or bool(reach.lasts(torch.tensor(p)))]
         assert sorted(shown[shown >= 0].tolist()) == expected

@@ -39,35 +39,36 @@ class Ring:
         early, late = self.places(count).split([self.lasting, self.window], dim=1)
         return torch.cat([torch.where(early < count[:, None] - self.window, early, -1), late], dim=1)
 
-    def write(self, held: Tensor, new: Tensor, before: Tensor, real: Tensor | None) -> None:
+    def write(self, pairs: list[tuple[Tensor, Tensor]], before: Tensor, real: Tensor | None) -> None:
         """Put new tokens into their slots, in place.
 
         Args:
-            held: [B, G, slots, d].
-            new: [B, G, T, d].
+            pairs: what is held, [B, G, slots, d], and what is new of the same, [B, G, T, d]: keys and values.
             before: tokens that each row has seen, [B].
             real: [B, T] bool, False on left padding; None is no padding.
         """
+        new = pairs[0][1]
         if new.shape[2] == 1 and real is None:
-            _put(held, new, self.lasting + before % self.window)
-            if self.lasting:
-                lasts = self.reach.lasts(before)
-                rank = torch.where(lasts, self.reach.lasting(before), 0)
-                # What does not last leaves the first slot as it is.
-                _put(held, torch.where(lasts[:, None, None, None], new, held.gather(2, _index(rank, new))), rank)
+            turn = self.lasting + before % self.window
+            lasts = self.reach.lasts(before)
+            rank = torch.where(lasts, self.reach.lasting(before), 0)
+            for held, fresh in pairs:
+                held.scatter_(2, _spread(turn, fresh), fresh)
+                if self.lasting:
+                    # What does not last leaves the first slot as it is.
+                    index = _spread(rank, fresh)
+                    held.scatter_(2, index, torch.where(lasts[:, None, None, None], fresh, held.gather(2, index)))
             return
-        tokens = new.shape[2] if real is None else real.sum(dim=1)
+        tokens = torch.full_like(before, new.shape[2]) if real is None else real.sum(dim=1)
         place = self.places(before + tokens)
         # Padding is on the left, so a count is enough.
-        column = (place - before[:, None] + new.shape[2] - (before * 0 + tokens)[:, None]).clamp(min=0)
-        source = column[:, None, :, None].expand(-1, new.shape[1], -1, new.shape[3])
-        held.copy_(torch.where((place >= before[:, None])[:, None, :, None], new.gather(2, source), held))
+        column = (place - (before + tokens)[:, None] + new.shape[2]).clamp(min=0)
+        kept = (place < before[:, None])[:, None, :, None]
+        for held, fresh in pairs:
+            source = column[:, None, :, None].expand(-1, fresh.shape[1], -1, fresh.shape[3])
+            held.copy_(torch.where(kept, held, fresh.gather(2, source)))
 
 
-def _index(slot: Tensor, like: Tensor) -> Tensor:
+def _spread(slot: Tensor, like: Tensor) -> Tensor:
     """[B] -> what gather and scatter want for one token, [B, G, 1, d]."""
     return slot[:, None, None, None].expand(-1, like.shape[1], 1, like.shape[3])
-
-
-def _put(held: Tensor, new: Tensor, slot: Tensor) -> None:
-    held.scatter_(2, _index(slot, new), new)

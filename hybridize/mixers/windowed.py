@@ -356,28 +356,21 @@ class WindowedAttention(nn.Module):
         self, prefix: str, ring: Ring, q: Tensor, k: Tensor, v: Tensor, entry: Any, padding: Tensor | None
     ) -> Tensor:  # fmt: skip
         """As `attend_part`, with an entry of fixed size."""
-        names, batch, new = (f"{prefix}keys", f"{prefix}values"), q.shape[0], q.shape[2]
+        batch, new = q.shape[0], q.shape[2]
+        named = {f"{prefix}keys": k, f"{prefix}values": v}
+        if not entry.is_initialized and getattr(entry, f"{prefix}keys") is None:
+            entry.hold(**{name: t.new_zeros(batch, t.shape[1], ring.slots, t.shape[3]) for name, t in named.items()})
+        pairs = [(getattr(entry, name), fresh) for name, fresh in named.items()]
+        (keys, _), (values, _) = pairs
         if not entry.is_initialized:
-            out, before = self._fresh(ring.reach, q, k, v, padding, None), torch.zeros(batch, dtype=torch.long, device=q.device)
-            if getattr(entry, names[0]) is None:
-                entry.hold(
-                    **{
-                        name: t.new_zeros(batch, t.shape[1], ring.slots, t.shape[3])
-                        for name, t in zip(names, (k, v), strict=True)
-                    }
-                )
-            for name, fresh in zip(names, (k, v), strict=True):
-                ring.write(getattr(entry, name), fresh, before, padding)
-            return out
-        keys, values = (getattr(entry, name) for name in names)
+            ring.write(pairs, torch.zeros(batch, dtype=torch.long, device=q.device), padding)
+            return self._fresh(ring.reach, q, k, v, padding, None)
         before = entry.seen - entry.pads
-        if new > 1 or padding is not None:
-            real = torch.ones(batch, new, dtype=torch.bool, device=q.device) if padding is None else padding
-            place = torch.where(real, before[:, None] + real.cumsum(dim=1) - 1, -1)
-            place, both = torch.cat([ring.read(before), place], 1), (torch.cat([keys, k], 2), torch.cat([values, v], 2))
-            out = self._among(ring.reach, q, *both, place, real)
-        ring.write(keys, k, before, padding)
-        ring.write(values, v, before, padding)
-        if new > 1 or padding is not None:
-            return out
-        return self._sdpa(q, keys, values, (ring.read(before + 1) >= 0)[:, None, None])
+        if new == 1 and padding is None:
+            ring.write(pairs, before, None)
+            return self._sdpa(q, keys, values, (ring.read(before + 1) >= 0)[:, None, None])
+        real = torch.ones(batch, new, dtype=torch.bool, device=q.device) if padding is None else padding
+        place = torch.cat([ring.read(before), torch.where(real, before[:, None] + real.cumsum(dim=1) - 1, -1)], dim=1)
+        out = self._among(ring.reach, q, torch.cat([keys, k], 2), torch.cat([values, v], 2), place, real)
+        ring.write(pairs, before, padding)
+        return out
