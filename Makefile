@@ -38,7 +38,7 @@ docs: setup
 	$(BIN)/python scripts/build_docs.py
 
 gpu: setup
-	$(BIN)/python -m pytest -q -m gpu $(T)
+	$(BIN)/python bench/gpu.py --out gpu-run $(if $(KIT),--kit $(KIT))
 
 bench: setup
 	$(BIN)/python bench/kernels.py

@@ -222,8 +222,9 @@ def main():
             found = bench(spec, case, device, arguments.repeats, arguments.impl, limits)
             print(*map(shown, found), sep="\n", flush=True)
             rows += found
-    if arguments.json:
-        arguments.json.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+            # After each, so that a run that is cut off leaves what it measured.
+            if arguments.json:
+                arguments.json.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
     return int(any("WRONG" in row.get("not timed", "") for row in rows))
 
 

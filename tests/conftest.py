@@ -30,6 +30,26 @@ def shared_data() -> Path:
     return data_root()
 
 
+# Taken before `_no_wait_for_the_disk` puts another in its place.
+FSYNC = os.fsync
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_wait_for_the_disk():
+    """Files of tests outlive a killed process as the kernel has their bytes, and need not outlive the machine.
+
+    A handle that is none is an error with fstat too. Tests of storage itself and the campaigns of kills have the real call.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", os.fstat)
+        yield
+
+
+@pytest.fixture
+def real_fsync(monkeypatch):
+    monkeypatch.setattr(os, "fsync", FSYNC)
+
+
 @pytest.fixture(autouse=True)
 def _steady():
     """One thread, a known seed, and fp32 as the default, whatever an earlier test left."""

@@ -20,6 +20,8 @@ torch.set_num_threads(1)
 logging.disable_progress_bar()
 
 # A child by fork has torch imported already. Its memory is a copy: what the test changes here holds there too.
+pytestmark = pytest.mark.usefixtures("real_fsync")
+
 CONTEXT = multiprocessing.get_context("fork")
 SECTION = {"keep": {"every": 3}, "mixer": {"name": "mamba2"}}
 

@@ -12,6 +12,8 @@ from hybridize import storage
 from hybridize.errors import ConfigError
 from hybridize.storage import LargeFile, Staging, disk_errors, file_sha256, require_space, write_json, write_text
 
+pytestmark = pytest.mark.usefixtures("real_fsync")
+
 
 def staged(out, resume=False, identity="job"):
     return Staging(out, resume, identity)

@@ -6,8 +6,11 @@ import tempfile
 from functools import cache
 from pathlib import Path
 
+import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
+
+from hybridize.families import FAMILIES
 
 SIZES = {
     "vocab_size": 64,
@@ -22,6 +25,9 @@ SIZES = {
     "eos_token_id": 2,
     "pad_token_id": 0,
 }
+
+# For tests that go the whole way: the plainest family and the one with norms of queries and keys are unit tests.
+WHOLE_WAY = [name if name in ("llama", "qwen3") else pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES]
 
 
 def tiny_base(family: str, tmp: Path, **overrides) -> Path:

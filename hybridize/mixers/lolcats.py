@@ -30,7 +30,8 @@ from hybridize.cache import LeavingWindowLayer
 from hybridize.errors import ConfigError
 from hybridize.families import element_bytes, head_dim
 from hybridize.kernels.gla import gla, gla_step
-from hybridize.mixers.windowed import QUERY_BLOCK, Reach, WindowedAttention, one_hot
+from hybridize.kernels.stream_attn.torch_impl import QUERY_BLOCK
+from hybridize.mixers.windowed import Reach, WindowedAttention, one_hot
 
 # gamma = sigmoid of this = 0.1, the published start.
 WINDOW_FACTOR = -math.log(9)

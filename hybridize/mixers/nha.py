@@ -197,6 +197,7 @@ class NativeHybridAttention(WindowedAttention):
     """Streaming attention whose softmax also runs over slots; projections under the base's names, W_g is `gate_proj`."""
 
     entry_kind = SlotWindowLayer
+    plain_softmax = False
 
     def __init__(self, config: Any, layer_idx: int, options: NativeHybrid):
         super().__init__(config, layer_idx, Reach(sink=options.sink_tokens, window=options.window_tokens))

@@ -14,15 +14,20 @@ from torch import Tensor
 class Ring:
     """Slots for the tokens that last, in their order, then slots for the window, taken in turn.
 
-    A token that lasts is written to both; its lasting slot is read once the window has moved on.
+    Where sinks alone last, the turns begin behind them. Where blocks last, a token of theirs is written to both; its lasting
+    slot is read once the window has moved on.
 
     Args:
         reach: the Reach whose tokens are kept.
         capacity: tokens of the longest text.
+
+    Attributes:
+        in_order: slots are filled from the first to the last, and all that are filled are read.
     """
 
     def __init__(self, reach: Any, capacity: int):
-        self.reach = reach
+        self.reach, self.in_order = reach, reach.stride == 0
+        self.start = reach.sink if self.in_order else 0
         self.lasting, self.window = reach.lasting(capacity), min(reach.window, capacity)
         self.slots = self.lasting + self.window
 
@@ -30,12 +35,14 @@ class Ring:
         """Position held by each slot once `count` [B] tokens of a row were seen, [B, slots]; -1 is an empty slot."""
         rank, turn = (torch.arange(slots, device=count.device) for slots in (self.lasting, self.window))
         count = count[:, None]
-        early = self.reach.nth_lasting(rank)[None]
-        late = count - 1 - (count - 1 - turn) % self.window
-        return torch.cat([torch.where(early < count, early, -1), late.clamp(min=-1)], dim=1)
+        early, last = self.reach.nth_lasting(rank)[None], count - 1 - self.start
+        late = last - (last - turn) % self.window
+        return torch.cat([torch.where(early < count, early, -1), torch.where(late < 0, -1, late + self.start)], dim=1)
 
     def read(self, count: Tensor) -> Tensor:
         """As `places`, but -1 also for lasting slots whose token is still in the window: each token is there once."""
+        if self.in_order:
+            return self.places(count)
         early, late = self.places(count).split([self.lasting, self.window], dim=1)
         return torch.cat([torch.where(early < count[:, None] - self.window, early, -1), late], dim=1)
 
@@ -49,12 +56,12 @@ class Ring:
         """
         new = pairs[0][1]
         if new.shape[2] == 1 and real is None:
-            turn = self.lasting + before % self.window
-            lasts = self.reach.lasts(before)
+            turn, lasts = self.lasting + (before - self.start) % self.window, self.reach.lasts(before)
+            slot = torch.where(lasts, before, turn) if self.in_order else turn
             rank = torch.where(lasts, self.reach.lasting(before), 0)
             for held, fresh in pairs:
-                held.scatter_(2, _spread(turn, fresh), fresh)
-                if self.lasting:
+                held.scatter_(2, _spread(slot, fresh), fresh)
+                if not self.in_order:
                     # What does not last leaves the first slot as it is.
                     index = _spread(rank, fresh)
                     held.scatter_(2, index, torch.where(lasts[:, None, None, None], fresh, held.gather(2, index)))

@@ -15,11 +15,9 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from hybridize.cache import LeavingWindowLayer, SinkWindowLayer, own_layer
 from hybridize.families import family_of, head_dim
+from hybridize.kernels.stream_attn import stream_attn, stream_attn_step
+from hybridize.kernels.stream_attn.torch_impl import block_attention
 from hybridize.mixers.ring import Ring
-
-# Queries handled at once: the mask and scores of a block stay small however long the text is. Of a short window no more
-# than it holds, or most scores of a block are masked; but no fewer than the smallest.
-QUERY_BLOCK, SMALLEST_BLOCK = 256, 64
 
 
 def _at_most(value: Any, limit: int) -> Any:
@@ -152,6 +150,8 @@ class WindowedAttention(nn.Module):
     v_proj: nn.Linear
     o_proj: nn.Linear
     entry_kind: type[SinkWindowLayer] | type[LeavingWindowLayer] = SinkWindowLayer
+    # Whether `_sdpa` is the softmax over keys alone, which kernels know.
+    plain_softmax = True
 
     def __init__(self, config: Any, layer_idx: int, reach: Reach):
         super().__init__()
@@ -260,35 +260,27 @@ class WindowedAttention(nn.Module):
             scale=self.head_dim**-0.5, enable_gqa=True,
         )  # fmt: skip
 
+    def _steps(self) -> bool:
+        """Whether `stream_attn_step` may attend for one token."""
+        return self.plain_softmax and not torch.is_grad_enabled() and not (self.training and self.dropout)
+
     def _fresh(self, reach: Reach, q: Tensor, k: Tensor, v: Tensor, padding: Tensor | None, segments: Tensor | None) -> Tensor:
-        """No past: blocks of queries against what lasts and the slice of keys that their windows reach."""
-        new = q.shape[2]
-        plain = padding is None and segments is None
-        if plain and (new <= reach.window or reach.everything):
+        """No past. Padding is a document of its own."""
+        if segments is None and padding is not None:
+            segments = (~padding).long() * -1
+        if segments is None and (q.shape[2] <= reach.window or reach.everything):
             return self._sdpa(q, k, v, None, causal=True)
-        index = torch.arange(new, device=q.device)
-        if plain:
-            place, row_segments = index[None], None
-        else:
-            real = torch.ones(q.shape[0], new, dtype=torch.bool, device=q.device) if padding is None else padding
-            row_segments = (~real).long() * -1 if segments is None else segments.long()
-            # Position of each token in its own document: where the document starts is the running maximum of the borders.
-            starts = torch.ones_like(real)
-            starts[:, 1:] = row_segments[:, 1:] != row_segments[:, :-1]
-            place = index - torch.where(starts, index, 0).cummax(dim=1).values
-        lasts = reach.lasts(place)
-        pieces, block = [], min(max(reach.window, SMALLEST_BLOCK), QUERY_BLOCK)
-        for start in range(0, new, block):
-            stop = min(start + block, new)
-            first = max(0, start - reach.window + 1)
-            keep = torch.cat([reach.nth_lasting(index[: reach.lasting(first)]), index[first:stop]]) if plain else index[:stop]
-            rows = index[start:stop]
-            distance = rows[:, None] - keep[None]
-            seen = (distance >= 0)[None] & ((distance < reach.window)[None] | lasts[:, None, keep])
-            if row_segments is not None:
-                seen = seen & (row_segments[:, start:stop, None] == row_segments[:, None, keep])
-            pieces.append(self._sdpa(q[:, :, start:stop], k[:, :, keep], v[:, :, keep], seen[:, None]))
-        return torch.cat(pieces, dim=2)
+        if self.plain_softmax and (reach.stride == 0 or reach.everything):
+            sink, window = (0, q.shape[2]) if reach.everything else (reach.sink, reach.window)
+            dropout = self.dropout if self.training else 0.0
+            # Values that are not as wide as heads ask for a matrix, which is PyTorch's to make.
+            impl = "auto" if v.shape[-1] == self.head_dim else "torch"
+            return stream_attn(q, k, v, sink, window, segments, self.head_dim**-0.5, dropout, impl)
+
+        def earlier(count: int) -> Tensor:
+            return reach.nth_lasting(torch.arange(reach.lasting(count), device=q.device))
+
+        return block_attention(q, k, v, reach.window, reach.lasts, earlier, segments, self._sdpa)
 
     def _first(self, reach: Reach, k: Tensor, v: Tensor, padding: Tensor | None) -> tuple[Tensor, Tensor]:
         """What the cache keeps of a first call's keys and values."""
@@ -330,6 +322,8 @@ class WindowedAttention(nn.Module):
                 slot = torch.full((1,), reach.slot(leaving), device=k.device)
                 keys.index_copy_(2, slot, k)
                 values.index_copy_(2, slot, v)
+            if self._steps():
+                return stream_attn_step(q[:, :, 0], keys, values, scale=self.head_dim**-0.5)[:, :, None], (keys, values)
             return self._sdpa(q, keys, values, None), (keys, values)
         batch = q.shape[0]
         pads = torch.zeros(batch, dtype=torch.long, device=q.device) if entry.pads is None else entry.pads
@@ -368,6 +362,9 @@ class WindowedAttention(nn.Module):
         before = entry.seen - entry.pads
         if new == 1 and padding is None:
             ring.write(pairs, before, None)
+            if ring.in_order and self._steps():
+                counts = (before + 1).clamp(max=ring.slots)
+                return stream_attn_step(q[:, :, 0], keys, values, counts, scale=self.head_dim**-0.5)[:, :, None]
             return self._sdpa(q, keys, values, (ring.read(before + 1) >= 0)[:, None, None])
         real = torch.ones(batch, new, dtype=torch.bool, device=q.device) if padding is None else padding
         place = torch.cat([ring.read(before), torch.where(real, before[:, None] + real.cumsum(dim=1) - 1, -1)], dim=1)

@@ -16,7 +16,7 @@ from hybridize.errors import ConfigError
 from hybridize.families import FAMILIES, family_of
 from hybridize.mixers import MIXERS
 from tests.conversions.real import perplexity, stories_rows
-from tests.tiny import tiny_base
+from tests.tiny import WHOLE_WAY, tiny_base
 
 LIGER = {"gate": "key", "mix": "half", "normalise": False}
 PUBLISHED = {
@@ -153,7 +153,7 @@ def test_unfit_options_are_named(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["gla", "lolcats"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", WHOLE_WAY)
 def test_calibrated_conversion_of_every_family(family, name, tmp_path):
     base = open_base(tiny_base(family, tmp_path))
     made = plan(base, {"keep": {"layers": [1]}, "mixer": {"name": name, "window_tokens": 5}}, "t", 0)
@@ -173,6 +173,7 @@ def test_calibrated_conversion_of_every_family(family, name, tmp_path):
     assert kls[0] < kls[1]
 
 
+@pytest.mark.slow
 @pytest.mark.data
 def test_real_model_before_any_training(shared_data, tmp_path):
     """stories260K, layer 3 of 5, a window of 16 in rows of 256."""

@@ -15,7 +15,7 @@ from hybridize.errors import ConfigError
 from hybridize.families import FAMILIES
 from hybridize.mixers import MIXERS
 from tests.conversions.real import perplexity, stories_rows
-from tests.tiny import tiny_base
+from tests.tiny import WHOLE_WAY, tiny_base
 from tests.tolerances import assert_close, rms_ratio
 
 SHAPE = {"num_attention_heads": 8, "num_key_value_heads": 4}
@@ -161,7 +161,7 @@ def test_query_metric_by_definition(family, tmp_path):
     assert rms_ratio(found, expected.flip(0)) > 0.1
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", WHOLE_WAY)
 def test_calibrated_conversion_of_every_family(family, tmp_path):
     path = tiny_base(family, tmp_path, **SHAPE)
     teacher = AutoModelForCausalLM.from_pretrained(path).eval()
@@ -187,6 +187,7 @@ def test_text_is_asked_for_and_no_native_class_is_promised(tmp_path):
     assert "before the rotary embedding" in verdict["reason"]
 
 
+@pytest.mark.slow
 @pytest.mark.data
 def test_real_model_before_any_training(shared_data, tmp_path):
     """stories260K, every layer: a quarter of the cache, against both published methods at the same bytes."""

@@ -16,7 +16,7 @@ from hybridize.errors import ConfigError
 from hybridize.families import FAMILIES
 from hybridize.mixers import MIXERS
 from tests.conversions.real import perplexity, stories_rows
-from tests.tiny import tiny_base
+from tests.tiny import WHOLE_WAY, tiny_base
 
 HEADS = ("grouped", "expanded")
 
@@ -168,7 +168,7 @@ def test_the_search_finds_a_layer_that_a_seed_can_be(heads, tmp_path):
     assert torch.allclose(half_life, torch.full((4,), 4.0), rtol=1e-3)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", WHOLE_WAY)
 def test_calibrated_conversion_of_every_family(family, tmp_path):
     base = open_base(tiny_base(family, tmp_path))
     made = plan(base, {"keep": {"layers": [1]}, "mixer": {"name": "mamba2"}}, "t", 0)
@@ -198,6 +198,7 @@ def test_a_tokenizer_that_is_not_the_bases_is_refused(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.data
 def test_real_model_before_any_training(shared_data, tmp_path):
     """stories260K, layers 1 and 3 of 5: the figures that the README quotes, with room for another machine's rounding."""

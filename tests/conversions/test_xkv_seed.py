@@ -17,7 +17,7 @@ from hybridize.errors import ConfigError
 from hybridize.families import FAMILIES
 from hybridize.mixers import MIXERS
 from tests.conversions.real import perplexity, stories_rows
-from tests.tiny import tiny_base
+from tests.tiny import WHOLE_WAY, tiny_base
 from tests.tolerances import assert_close, rms_ratio
 
 SHAPE = {"num_attention_heads": 8, "num_key_value_heads": 2}
@@ -199,7 +199,7 @@ def test_latents_of_a_stream_that_lies_flat():
     assert rms_ratio(latents[:, :2] @ torch.linalg.lstsq(latents[:, :2], y).solution, y) > 1e-2
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", WHOLE_WAY)
 def test_calibrated_conversion_of_every_family(family, tmp_path):
     path = tiny_base(family, tmp_path, **SHAPE)
     teacher = AutoModelForCausalLM.from_pretrained(path).eval()

@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from tests.distill.group import Server
 from tests.distill.pair import tiny_pair, tiny_tokens
 
 
@@ -15,6 +16,14 @@ def _one_thread():
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     return tiny_pair(tmp_path_factory.mktemp("pair"))
+
+
+@pytest.fixture(scope="session")
+def group(tmp_path_factory):
+    """Runs functions of the tests in groups of processes."""
+    server = Server(tmp_path_factory.mktemp("group") / "log")
+    yield server
+    server.close()
 
 
 @pytest.fixture

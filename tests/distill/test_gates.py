@@ -16,7 +16,7 @@ from hybridize.errors import ConfigError
 from hybridize.modeling import build_model, hybrid_config
 from tests.distill.pair import KEEP, STREAMING, tiny_pair, tiny_tokens
 from tests.distill.test_distill import Stop, hashes, rows_of, stop_after
-from tests.distill.test_sharding import launch
+from tests.distill.test_sharding import run_and_stop
 from tests.mixers.test_windowed import by_definition, near
 from tests.tiny import tiny_base
 from tests.tolerances import assert_close
@@ -245,10 +245,10 @@ def test_what_cannot_be_learnt_is_refused_in_one_line(folders, tmp_path):
 
 
 @pytest.mark.slow
-def test_two_processes_learn_what_one_does(planted, tmp_path):
+def test_two_processes_learn_what_one_does(planted, group, tmp_path):
     """Gradients of rows that were shared out are summed: with their mean, Adam's eps aside, the norms would be half as long."""
     whole = rows_of(distill(planted[1], [LEARN], tiny_tokens(), tmp_path / "whole"))
-    done = launch(2, planted[1], tmp_path / "out", 0, [LEARN], False)
+    done = group.run(run_and_stop, planted[1], tmp_path / "out", 0, [LEARN], False, processes=2)
     assert done.returncode == 0, done.stderr[-3000:]
     assert [alpha.tolist() for alpha in alphas(tmp_path / "out").values()] == [[0, 1], [0, 1]]
     for one, two in zip(whole, rows_of(tmp_path / "out"), strict=True):

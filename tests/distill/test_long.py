@@ -318,6 +318,7 @@ def test_divided_weights_and_checkpoints_change_nothing(folders, whole, tmp_path
         assert rms_ratio(*joined) < 1e-4
 
 
+@pytest.mark.slow
 def test_a_cached_stage_behind_it_has_its_context(folders, tmp_path):
     """Rows that only the stretched student and a teacher of a long context have room for, from a cache as from the teacher."""
     far = tiny_base("llama", tmp_path, max_position_embeddings=1024)

@@ -2,10 +2,6 @@
 
 import json
 import logging
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -30,7 +26,6 @@ from tests.distill.test_distill import Stop, stop_after
 from tests.tiny import SIZES
 from tests.tolerances import rms_ratio
 
-ROOT = Path(__file__).parents[2]
 KL = {"name": "kl", "tokens": 3 * 64, "seq_tokens": 16, "rows": 4, "lr": 1e-2, "save_tokens": 64}
 SFT = {"name": "sft", "tokens": 4 * 96, "seq_tokens": 48, "rows": 2, "lr": 1e-2, "save_tokens": 96}
 DPO = {"name": "dpo", "tokens": 4 * 128, "seq_tokens": 32, "rows": 1, "accumulate": 2, "lr": 1e-2, "save_tokens": 128}
@@ -342,28 +337,18 @@ def test_built_in_recipes_have_the_published_stages():
         check_sources(load_recipe(name).distill)
 
 
-WORKER = """
-import json, sys, torch
-torch.set_num_threads(1)
-from hybridize.distill import distill
-from tests.distill.pair import tiny_tokens
-distill(sys.argv[1], json.loads(sys.argv[3]), tiny_tokens(), sys.argv[2], recall=lambda model, pairs: {"recall@4": 0.5})
-"""
+def run_in_group(student, out, stages):
+    """In each process of a group."""
+    distill(student, stages, tiny_tokens(), out, recall=lambda model, pairs: {"recall@4": 0.5})
 
 
 @pytest.mark.slow
-def test_two_processes_give_what_one_gives(folders, stages, tmp_path):
-    (tmp_path / "worker.py").write_text(WORKER)
+def test_two_processes_give_what_one_gives(folders, stages, group, tmp_path):
     # Dropout is drawn by each process for its own rows.
     kl, sft, dpo = stages
     same = [kl, {**sft, "rows": 1, "accumulate": 2}, {**dpo, "lora": {"targets": ["*_proj"]}}]
     one = distill(folders[1], same, tiny_tokens(), tmp_path / "one")
-    command = [
-        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(tmp_path / "worker.py"),
-        str(folders[1]), str(tmp_path / "two"), json.dumps(same),
-    ]  # fmt: skip
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280)
+    done = group.run(run_in_group, folders[1], tmp_path / "two", same, processes=2)
     assert done.returncode == 0, done.stderr[-2000:]
     first, a, b = (open_checkpoint(folder) for folder in (folders[1], one, tmp_path / "two"))
     changes = [torch.cat([(c.read(n) - first.read(n)).flatten() for n in sorted(first.tensors)]) for c in (a, b)]

@@ -17,7 +17,7 @@ from hybridize.errors import ConfigError
 from hybridize.mixers import MIXERS
 from tests.distill.pair import KEEP, STREAMING, tiny_pair, tiny_tokens
 from tests.distill.test_distill import Stop, hashes, rows_of, stop_after
-from tests.distill.test_sharding import launch
+from tests.distill.test_sharding import run_and_stop
 from tests.tolerances import rms_ratio
 
 MAMBA, GMU = {"name": "mamba2"}, {"name": "gmu", "reads": 0}
@@ -192,10 +192,10 @@ def test_a_teacher_that_does_not_fit_is_refused(folders, tmp_path):
 
 
 @pytest.mark.slow
-def test_divided_weights_give_what_whole_ones_give(folders, whole, tmp_path):
+def test_divided_weights_give_what_whole_ones_give(folders, whole, group, tmp_path):
     """Two processes, stopped in the first step of the schedule and started again."""
     for stop in (4, 0):
-        done = launch(2, folders[1], tmp_path / "out", stop, [ALIGN, STEPS], True)
+        done = group.run(run_and_stop, folders[1], tmp_path / "out", stop, [ALIGN, STEPS], True, processes=2)
         assert (done.returncode == 0) == (stop == 0), done.stderr[-3000:]
     at_once = {key: value for key, value in STEPS.items() if key != "replace"}
     other = distill(folders[1], [ALIGN, at_once], tiny_tokens(), tmp_path / "other")

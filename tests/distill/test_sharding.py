@@ -3,15 +3,12 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils.launch import prepare_multi_gpu_env
@@ -34,7 +31,6 @@ from tests.distill import test_distill
 from tests.distill.pair import BOTH, KEEP, STREAMING, tiny_pair, tiny_tokens
 from tests.tolerances import TOLERANCES, rms_ratio
 
-ROOT = Path(__file__).parents[2]
 MAMBA = {"name": "mamba2"}
 SMALL = {"tokens": 4096, "seq_tokens": 16, "rows": 4}
 CPU = torch.device("cpu")
@@ -51,9 +47,10 @@ def rows():
     return Batch(torch.from_numpy(tiny_tokens(64).ids.astype("int64")).view(4, 16))
 
 
-def worker(rank, folders, store, results):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", store=dist.FileStore(store, 2), rank=rank, world_size=2)
+def worker(folders, results):
+    dist.init_process_group("gloo")
+    folders = [Path(folder) for folder in folders]
+    rank = dist.get_rank()
     mesh = make_mesh(CPU)
     # Once more with the mean of FSDP in place of the sum.
     for number, spec in enumerate([*STAGES_TRIED, STAGES_TRIED[0]]):
@@ -87,8 +84,9 @@ def whole_gradients(folders, spec):
 
 
 @pytest.mark.slow
-def test_two_processes_have_the_gradients_of_one(folders, tmp_path):
-    mp.spawn(worker, args=(folders, str(tmp_path / "store"), str(tmp_path)), nprocs=2)
+def test_two_processes_have_the_gradients_of_one(folders, group, tmp_path):
+    done = group.run(worker, folders, tmp_path, processes=2)
+    assert done.returncode == 0, done.stderr[-3000:]
     found = [[torch.load(tmp_path / f"{n}-{rank}.pt") for rank in range(2)] for n in range(len(STAGES_TRIED) + 1)]
     for spec, ranks in zip(STAGES_TRIED, found[:-1], strict=True):
         row = "bf16" if spec.get("dtype") == "bf16" else "fp32"
@@ -105,45 +103,27 @@ def test_two_processes_have_the_gradients_of_one(folders, tmp_path):
     assert rms_ratio(joined, grads) == pytest.approx(0.5, rel=0.01)
 
 
-WORKER = """
-import json, os, sys, torch
-torch.set_num_threads(1)
-from hybridize.distill import distill
-from tests.distill.pair import tiny_tokens
-student, out, stop, stages, shard, teacher = sys.argv[1:]
-stop = int(stop)
-def progress(label, done, total):
-    global stop
-    stop -= 1
-    if stop == 0:
-        os.kill(os.getpid(), 15)
-text = tiny_tokens()
-distill(student, json.loads(stages), text, out, resume=True, progress=progress, shard=shard == "True", teacher=teacher or None)
-"""
+def run_and_stop(student, out, stop_after, stages, shard, teacher=None):
+    """In each process of a group: it asks itself to stop after so many steps, 0 for never."""
+    calls = []
 
+    def progress(label, done, total):
+        calls.append(label)
+        if len(calls) == stop_after:
+            os.kill(os.getpid(), signal.SIGTERM)
 
-def launch(count, student, out, stop_after, stages, shard, teacher=None):
-    """Start so many processes; each asks itself to stop after so many steps, 0 for never."""
-    command = [
-        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(count), "--no-python",
-        sys.executable, "-c", WORKER, str(student), str(out), str(stop_after), json.dumps(stages), str(shard),
-        str(teacher or ""),
-    ]  # fmt: skip
-    return subprocess.run(
-        command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
-        timeout=280,
-    )  # fmt: skip
+    distill(student, stages, tiny_tokens(), out, resume=True, progress=progress, shard=shard, teacher=teacher)
 
 
 @pytest.mark.slow
-def test_layers_shared_out_give_what_one_process_gives(tmp_path):
+def test_layers_shared_out_give_what_one_process_gives(group, tmp_path):
     """With a stop after three steps and a resumption; a reader of another layer goes with the layer it reads."""
     folders = tiny_pair(tmp_path, (MAMBA, STREAMING, {"name": "gmu", "reads": 0}))
     stages = [{**test_distill.STAGES[0], "clip": 0.05}]
     whole = distill(folders[1], stages, tiny_tokens(), tmp_path / "whole")
     shared = [{**stages[0], "parallel": "layers"}]
     for stop_after in (3, 0):
-        done = launch(2, folders[1], tmp_path / "out", stop_after, shared, False)
+        done = group.run(run_and_stop, folders[1], tmp_path / "out", stop_after, shared, False, processes=2)
         assert (done.returncode == 0) == (stop_after == 0), done.stderr[-3000:]
     one, two = (load_file(folder / "model.safetensors") for folder in (whole, tmp_path / "out"))
     start = load_file(folders[1] / "model.safetensors")
@@ -158,12 +138,12 @@ def test_layers_shared_out_give_what_one_process_gives(tmp_path):
 
 
 @pytest.mark.slow
-def test_two_then_one_then_two_processes_give_what_one_undisturbed_gives(folders, tmp_path):
+def test_two_then_one_then_two_processes_give_what_one_undisturbed_gives(folders, group, tmp_path):
     """SIGTERM at the main process after steps 3 and 7 of 10; each time another number of processes goes on."""
     whole = distill(folders[1], test_distill.STAGES, tiny_tokens(), tmp_path / "whole")
     out = tmp_path / "out"
     for count, stop_after, expected in ((2, 3, "state-00-000000004"), (1, 4, "state-01-00000000"), (2, 0, "")):
-        done = launch(count, folders[1], out, stop_after, test_distill.STAGES, True)
+        done = group.run(run_and_stop, folders[1], out, stop_after, test_distill.STAGES, True, processes=count)
         if stop_after:
             assert done.returncode != 0
             names = sorted(path.name for path in (partial_folder(out) / "scratch").glob("state-*"))
@@ -183,31 +163,16 @@ def test_two_then_one_then_two_processes_give_what_one_undisturbed_gives(folders
 
 
 @pytest.mark.slow
-def test_one_process_with_shards_resumes_to_the_same_bytes_and_without_them(folders, tmp_path):
+def test_one_process_with_shards_resumes_to_the_same_bytes_and_without_them(folders, group, tmp_path):
     """A group of one: the state's format, its resumption, and that a run that divides nothing can read it."""
     outs = {name: tmp_path / name for name in ("whole", "again", "plain")}
-    context = mp.get_context("spawn")
     for name, calls in (("whole", [(True, 0)]), ("again", [(True, 3), (True, 0)]), ("plain", [(True, 3), (False, 0)])):
         for shard, stop_after in calls:
-            process = context.Process(target=alone, args=(folders[1], outs[name], shard, stop_after))
-            process.start()
-            process.join(200)
-            assert process.exitcode == (143 if stop_after else 0)
+            done = group.run(run_and_stop, folders[1], outs[name], stop_after, test_distill.STAGES, shard)
+            assert done.returncode == (143 if stop_after else 0), done.stderr[-3000:]
     whole, again, plain = (load_file(out / "model.safetensors") for out in outs.values())
     assert all(torch.equal(whole[key], again[key]) for key in whole)
     assert rms_ratio(*(torch.cat([w[n].flatten() for n in sorted(w)]) for w in (plain, whole))) <= TOLERANCES["fp32"][0]
-
-
-def alone(student, out, shard, stop_after):
-    torch.set_num_threads(1)
-    calls = []
-
-    def progress(label, done, total):
-        calls.append(label)
-        if len(calls) == stop_after:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    distill(student, test_distill.STAGES, tiny_tokens(), out, resume=True, progress=progress, shard=shard)
 
 
 @pytest.fixture

@@ -1,10 +1,9 @@
 """A teacher on disk: the run that it would have given, and a line for whatever it is not of."""
 
 import json
+import os
 import shutil
-import subprocess
-import sys
-from pathlib import Path
+import signal
 
 import pytest
 import torch
@@ -26,7 +25,7 @@ from hybridize.storage import file_sha256, partial_folder
 from tests.distill.chats import tiny_tokenizer
 from tests.distill.pair import tiny_tokens
 from tests.distill.test_distill import Stop, hashes, rows_of
-from tests.distill.test_sharding import ROOT, launch
+from tests.distill.test_sharding import run_and_stop
 from tests.tiny import tiny_base
 from tests.tolerances import assert_close
 
@@ -315,51 +314,37 @@ def test_costs_are_those_without_the_teacher(folders, cache, tmp_path):
     assert 2 * layers < (live.flops - cached.flops) / live.tokens < 2.3 * layers
 
 
-KILLED = """
-import os, sys, torch
-torch.set_num_threads(1)
-from hybridize.distill import teach, teaching
-from tests.distill.chats import tiny_tokenizer
-from tests.distill.pair import tiny_tokens
-from tests.distill.test_teacher_cache import KL
-teaching.SHARD_BYTES = 6 * 16 * 32 * 4 + 100
-student, out, kill = sys.argv[1:]
-def progress(label, done, total):
-    if kill == "kill" and done > total / 2:
-        os.kill(os.getpid(), 9)
-teach(student, [KL], tiny_tokens(), out, resume=True, progress=progress)
-"""
+def lesson(student, out, kill):
+    """In another process: a lesson in small files, that kills itself in the middle where it is asked to."""
+    teaching.SHARD_BYTES = 6 * 16 * 32 * 4 + 100
 
+    def progress(label, done, total):
+        if kill and done > total / 2:
+            os.kill(os.getpid(), signal.SIGKILL)
 
-def lesson(student, out, kill, processes=1):
-    command = [sys.executable, "-c", KILLED, str(student), str(out), kill]
-    if processes > 1:
-        start = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes), "--no-python"]
-        command = [sys.executable, *start, *command]
-    env = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PATH": str(Path(sys.executable).parent)}
-    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=280)
+    teach(student, [KL], tiny_tokens(), out, resume=True, progress=progress)
 
 
 @pytest.mark.slow
-def test_a_killed_lesson_and_one_of_two_processes_leave_the_same_bytes(folders, tmp_path):
+def test_a_killed_lesson_and_one_of_two_processes_leave_the_same_bytes(folders, group, tmp_path):
     whole = teach(folders[1], [KL], tiny_tokens(), tmp_path / "whole")
-    assert lesson(folders[1], tmp_path / "out", "kill").returncode == -9
+    assert group.run(lesson, folders[1], tmp_path / "out", True).returncode == -9
     assert not (tmp_path / "out").exists()
     assert len(list((partial_folder(tmp_path / "out") / "files").iterdir())) == 3
-    done = lesson(folders[1], tmp_path / "out", "no")
+    done = group.run(lesson, folders[1], tmp_path / "out", False)
     assert done.returncode == 0, done.stderr[-2000:]
     assert hashes(tmp_path / "out") == hashes(whole)
-    done = lesson(folders[1], tmp_path / "two", "no", processes=2)
+    done = group.run(lesson, folders[1], tmp_path / "two", False, processes=2)
     assert done.returncode == 0, done.stderr[-2000:]
     assert hashes(tmp_path / "two") == hashes(whole)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("shard", [False, True], ids=["whole", "shard"])
-def test_two_processes_read_their_own_rows(folders, tmp_path, shard):
+def test_two_processes_read_their_own_rows(folders, group, tmp_path, shard):
     cache = teach(folders[1], [KL], tiny_tokens(), tmp_path / "cache")
     for out, teacher in (("live", None), ("out", cache)):
-        done = launch(2, folders[1], tmp_path / out, 0, [KL], shard, teacher)
+        done = group.run(run_and_stop, folders[1], tmp_path / out, 0, [KL], shard, teacher, processes=2)
         assert done.returncode == 0, done.stderr[-2000:]
     assert file_sha256(tmp_path / "out/model.safetensors") == file_sha256(tmp_path / "live/model.safetensors")
 

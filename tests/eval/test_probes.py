@@ -225,6 +225,7 @@ def test_a_comparison_needs_a_base(base, model, tokenizer):
         KlToBase(context=32)(context_of(model, tokenizer))
 
 
+@pytest.mark.slow
 @pytest.mark.data
 @pytest.mark.skipif(not DATA.is_dir(), reason=f"no real models at {DATA}; set HYBRIDIZE_DATA")
 def test_perplexity_of_a_real_model_is_the_recorded_one():

@@ -15,7 +15,7 @@ from hybridize.errors import ConfigError
 from hybridize.families import FAMILIES
 from hybridize.mixers import MIXERS
 from tests.mixers.test_contract import in_chunks, logits
-from tests.tiny import tiny_base
+from tests.tiny import WHOLE_WAY, tiny_base
 from tests.tolerances import assert_close, rms_ratio
 
 WINDOW = {"sink_tokens": 2, "window_tokens": 5}
@@ -106,7 +106,7 @@ def test_the_branch_is_seeded_by_its_own_conversion(tmp_path):
     assert all(torch.equal(made[f"recurrent.{name}"], alone[name]) for name in alone)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", WHOLE_WAY)
 def test_a_calibrated_branch_makes_up_for_the_window(family, tmp_path):
     """Seeded on what the window leaves over, and weighed by least squares, it brings the layer nearer to the base's."""
     base = open_base(tiny_base(family, tmp_path))

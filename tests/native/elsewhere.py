@@ -1,12 +1,18 @@
 """Load a checkpoint in a process that cannot import hybridize, with the Auto classes alone; the file is both ends of it.
 
+One interpreter refuses hybridize before it imports anything, and each checkpoint is loaded in a fork of it.
+
 What comes back is what another's machine would compute: logits, greedy text with and without a cache, beams, and a prompt
 padded on the left beside a longer one.
 """
 
+import atexit
+import functools
 import json
+import os
 import subprocess
 import sys
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -31,16 +37,31 @@ def load_elsewhere(path: Path, ids: torch.Tensor, **asked: Any) -> dict[str, Any
         tokens}, those that were asked for.
 
     Raises:
-        RuntimeError: the process failed; the message is what it printed.
+        RuntimeError: the process failed; the message is its traceback.
     """
     request = json.dumps({"path": str(path), "ids": ids.tolist(), **asked})
-    done = subprocess.run(
-        [sys.executable, "-I", "-W", "error", __file__], input=request, capture_output=True, text=True, check=False
-    )  # fmt: skip
-    if done.returncode:
-        raise RuntimeError(done.stderr)
-    found = json.loads(done.stdout.splitlines()[-1])
+    print(request, file=server().stdin, flush=True)
+    found = json.loads(server().stdout.readline())
+    if "error" in found:
+        raise RuntimeError(found["error"])
     return {key: torch.tensor(value) if isinstance(value, list) else value for key, value in found.items()}
+
+
+@functools.cache
+def server() -> Any:
+    """The interpreter without hybridize, started where it is first asked."""
+    process = subprocess.Popen(
+        [sys.executable, "-I", "-W", "error", __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+
+    def close() -> None:
+        process.stdin.close()
+        process.stdout.close()
+        process.wait(30)
+
+    atexit.register(close)
+    return process
 
 
 class Refuse:
@@ -72,15 +93,30 @@ def answers(model: Any, ids: torch.Tensor, new_tokens: int = 16, beams: int = 3,
 
 
 def main() -> None:
-    asked = json.loads(sys.stdin.read())
+    """One line of JSON for each line of it; a fork that died without a word is an error too."""
     sys.meta_path.insert(0, Refuse)
     from transformers import AutoModelForCausalLM
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
+    for line in sys.stdin:
+        child = os.fork()
+        if child == 0:
+            try:
+                found = loaded(AutoModelForCausalLM, json.loads(line))
+            except BaseException:
+                found = {"error": traceback.format_exc()}
+            print(json.dumps(found), flush=True)
+            os._exit(0)
+        _, status = os.waitpid(child, 0)
+        if status:
+            print(json.dumps({"error": f"wait status {status}"}), flush=True)
+
+
+def loaded(auto: Any, asked: dict[str, Any]) -> dict[str, Any]:
     torch.set_num_threads(1)
     ids = torch.tensor(asked["ids"])
-    model, told = AutoModelForCausalLM.from_pretrained(
+    model, told = auto.from_pretrained(
         asked["path"], dtype=getattr(torch, asked.get("dtype", "float32")), attn_implementation=asked.get("attn", "eager"),
         trust_remote_code=asked.get("trust_remote_code", False), output_loading_info=True,
     )  # fmt: skip
@@ -93,7 +129,7 @@ def main() -> None:
         if asked.get("new_tokens", 16):
             found |= answers(model, ids, **{key: asked[key] for key in ("new_tokens", "beams", "cut") if key in asked})
     assert "hybridize" not in sys.modules
-    print(json.dumps(found))
+    return found
 
 
 if __name__ == "__main__":

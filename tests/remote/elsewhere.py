@@ -1,6 +1,7 @@
 """What a model says, in a process that has torch and transformers alone. Run as a script it reads directories with their code.
 
-    python -I elsewhere.py OUT.pt DIR...       writes {DIR: what it says}, after it was saved and read once more
+    python -I elsewhere.py OUT.pt DIR...       writes {DIR: what it says}, after it was saved and read once more, and prints
+                                               the version of transformers
 
 Imports nothing of the package or of the tests, since there it is not.
 """
@@ -11,6 +12,7 @@ import tempfile
 from pathlib import Path
 
 import torch
+import transformers
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 
@@ -71,3 +73,4 @@ if __name__ == "__main__":
     out, *folders = sys.argv[1:]
     torch.save({folder: read(folder) for folder in folders}, out)
     assert not any(name.split(".")[0] == "hybridize" for name in sys.modules)
+    print(transformers.__version__)
