@@ -27,7 +27,7 @@ def results(spec, function):
 
 # Dynamo makes an instance of each autograd.Function that it traces, and torch warns of that.
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
-@pytest.mark.parametrize("name", ["ssd", "ssd_step"])
+@pytest.mark.parametrize("name", ["ssd", "ssd_step", "mla_decode", "linear_kl"])
 def test_a_compiled_call_is_the_eager_one(name):
     (spec,) = specs([name])
     eager = results(spec, lambda inputs: spec.function(**inputs, impl="triton"))
@@ -49,3 +49,15 @@ def test_schemas_and_fakes_of_ssd():
                 y, last, states = triton_impl.run_forward(*inputs)
                 of_inputs = (y, last, *inputs[:6], inputs[7], states, True)
                 torch.library.opcheck(torch.ops.hybridize.ssd_backward.default, of_inputs, test_utils=tests)
+
+
+def test_schemas_and_fakes_of_mla_decode_and_linear_kl():
+    import hybridize.kernels.linear_kl.triton_impl
+    import hybridize.kernels.mla_decode.triton_impl  # noqa: F401
+
+    for name, more in (("mla_decode", ()), ("linear_kl", (True, True)), ("linear_kl", (True, False))):
+        (spec,) = specs([name])
+        inputs = tuple(spec.make_inputs(spec.cases[1].sizes, torch.float32, "cpu", 0).values())
+        operator = getattr(torch.ops.hybridize, name).default
+        with overridden(dict(spec.tiles)):
+            torch.library.opcheck(operator, (*inputs, *more), test_utils=("test_schema", "test_faketensor"))

@@ -26,7 +26,7 @@ __all__ = ["DEVICES", "linear_kl", "refuses_linear_kl"]
 
 # Tokens whose slopes meet in one product where the head learns, and rows of the head whose gradient is added at once.
 GROUP = 4096
-HEAD_ROWS = 16384
+HEAD_ROWS = 8192
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 KINDS = ("forward", "reverse", "jsd")
 
@@ -218,8 +218,9 @@ def _launch(
                 TEACHER_CAPPED=teacher_cap is not None, SLOPES=slopes_needed, HALF_SLOPES=student.dtype == torch.float16,
                 **tiles("linear_kl_rows", device, CAPPED=int(student_cap is not None or teacher_cap is not None)),
             )  # fmt: skip
-            if slopes is None:
-                slopes = s
+            slopes = s if slopes is None else slopes
+            # Before the next chunk's are made, and before the products below.
+            del s, t, out
         if need_x:
             grad_x[first:last] = _product(slopes, own).mul_(unit)
         if need_head:
