@@ -1,5 +1,7 @@
 """`gated_rms_norm`, described."""
 
+import functools
+
 import torch
 
 from hybridize.kernels._core.spec import Bug, Case, OpSpec, draw
@@ -30,6 +32,23 @@ def heads_may_change_places(run, close, make):
         swapped[name] = inputs[name].unflatten(-1, (4, 16)).flip(-2).flatten(-2)
     swapped["weight"] = inputs["weight"].view(4, 16).flip(0).flatten()
     close(run(swapped)["out"], run(inputs)["out"].unflatten(-1, (4, 16)).flip(-2).flatten(-2))
+
+
+def mamba_ssm(y, z, weight, eps, group_size, gate_first):
+    """state-spaces/mamba, mamba_ssm/ops/triton/layernorm_gated.py."""
+    from mamba_ssm.ops.triton.layernorm_gated import rmsnorm_fn  # pyright: ignore[reportMissingImports]
+
+    return rmsnorm_fn(y, weight, None, z, eps, group_size, not gate_first)
+
+
+def compiled(**inputs):
+    """The PyTorch path under torch.compile."""
+    return _compiled()(**inputs)
+
+
+@functools.cache
+def _compiled():
+    return torch.compile(functools.partial(gated_rms_norm, impl="torch"))
 
 
 LLAMA = {"D": 4096, "group": 128}
@@ -65,5 +84,6 @@ GATED_NORM = OpSpec(
             ("norm first, width of no power of two",)),
     ),
     flops=lambda s, direction: (8 if direction == "forward" else 20) * s["B"] * s["T"] * s["D"],
+    anchors={"mamba_ssm": ("mamba_ssm", mamba_ssm), "torch.compile": ("triton", compiled)},
     bytes=lambda s, direction, e: (3 if direction == "forward" else 5) * s["B"] * s["T"] * s["D"] * e,
 )  # fmt: skip
