@@ -20,6 +20,8 @@ SPILLS: dict[tuple[str, int], tuple[int, str]] = {
     ("ssd_backward_reads", 80): (64, SHARED_C),
     ("ssd_backward_reads", 90): (40, SHARED_C),
     ("ssd_backward_reads", 100): (48, SHARED_C),
+    ("stream_dkdv", 100): (168, "tiles are chosen for wgmma, 64 queries by 64 keys"),
+    ("ssd_backward_writes", 100): (8, "only with documents; with 4 warps 24"),
 }
 
 

@@ -13,6 +13,7 @@ Letters: B batch, T tokens, H output heads, Q heads of q, G heads of k, X value 
 import torch
 
 from hybridize.errors import ConfigError
+from hybridize.kernels._core.dispatch import fast_path
 from hybridize.kernels.chunks import compute_dtype
 from hybridize.kernels.gdn.torch_impl import gdn_chunked
 
@@ -22,7 +23,7 @@ CHUNK = 32
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
-def gdn(q_BTQN, k_BTGN, v_BTXP, g, beta_BTH, state_BHNP=None, segments_BT=None, chunk=None):
+def gdn(q_BTQN, k_BTGN, v_BTXP, g, beta_BTH, state_BHNP=None, segments_BT=None, chunk=None, impl="auto"):
     """Run the gated delta rule over T tokens; return outputs and the state after the last token.
 
     state_t = exp(g_t) state_{t-1};   state_t += beta_t k_t (v_t - k_t^T state_t)^T;   y_t = q_t^T state_t
@@ -36,14 +37,15 @@ def gdn(q_BTQN, k_BTGN, v_BTXP, g, beta_BTH, state_BHNP=None, segments_BT=None, 
         state_BHNP: state before the first token, [B, H, N, P], fp32 (fp64 for fp64 values); None is zeros.
         segments_BT: integer document ids, [B, T], non-decreasing along T; the state is reset where the id differs from
             that of the token before. `state_BHNP` belongs to the document of the first token.
-        chunk: tokens per chunk; None takes 32. It changes the speed, not the result.
+        chunk: tokens per chunk of the PyTorch path; None takes 32. It changes the speed, not the result.
+        impl: "auto", "torch", "triton", or "fla" (flash-linear-attention, where installed).
 
     Returns:
         y_BTHP: outputs, [B, T, H, P], dtype of v.
         state_BHNP: state after the last token, fp32 (fp64 for fp64 values).
 
     Raises:
-        ConfigError: a shape, a dtype, head counts that do not divide H, or a chunk below 1.
+        ConfigError: a shape, a dtype, head counts that do not divide H, a chunk below 1, or an `impl` that cannot run.
 
     Numerics: products, states and decays in fp32 (fp64 for fp64 values), the triangular inverse in fp64, log decays
         summed in fp64; no factor above one. Relative RMS error against the fp64 recurrence, fp32: about 2e-7, gradients
@@ -70,11 +72,14 @@ def gdn(q_BTQN, k_BTGN, v_BTXP, g, beta_BTH, state_BHNP=None, segments_BT=None, 
             return y_BTHP, state_BHNP.clone()
         size = (batch, heads, k_BTGN.shape[-1], v_BTXP.shape[-1])
         return y_BTHP, v_BTXP.new_zeros(size, dtype=compute_dtype(v_BTXP.dtype))
-    return gdn_chunked(q_BTQN, k_BTGN, v_BTXP, g, beta_BTH, state_BHNP, segments_BT, int(chunk))
+    arguments = (q_BTQN, k_BTGN, v_BTXP, g, beta_BTH, state_BHNP, segments_BT, int(chunk))
+    if fast := fast_path("gdn", "gdn", impl, *arguments):
+        return fast(*arguments)
+    return gdn_chunked(*arguments)
 
 
 @torch.no_grad()
-def gdn_step(q_BQN, k_BGN, v_BXP, g, beta_BH, state_BHNP):
+def gdn_step(q_BQN, k_BGN, v_BXP, g, beta_BH, state_BHNP, rows_B=None, impl="auto"):
     """Run the gated delta rule over one token, updating the state in place. Not differentiable.
 
     Args:
@@ -83,22 +88,40 @@ def gdn_step(q_BQN, k_BGN, v_BXP, g, beta_BH, state_BHNP):
         v_BXP: values, [B, X, P], dtype of q.
         g: log decays, [B, H] or [B, H, N], <= 0.
         beta_BH: write strengths, [B, H].
-        state_BHNP: state, [B, H, N, P], fp32 (fp64 for fp64 values); overwritten.
+        state_BHNP: state, [B, H, N, P], or [R, H, N, P] with `rows_B`, fp32 (fp64 for fp64 values); overwritten.
+        rows_B: integers, [B], which state an entry of the batch has, none twice; -1 leaves the entry out: its output is
+            zero, no state changes. None is entry b with state b.
+        impl: "auto", "torch" or "triton".
 
     Returns:
         y_BHP: outputs, [B, H, P], dtype of v.
 
     Raises:
-        ConfigError: a shape, a dtype, or head counts that do not divide H.
+        ConfigError: a shape, a dtype, head counts that do not divide H, or an `impl` that cannot run.
 
-    Numerics: as `gdn`.
-    Cost: two reads and writes of the state, O(N P) per head.
+    Numerics: as `gdn`, all in the dtype of the state.
+    Cost: two reads and writes of the state (Triton: one), O(N P) per head.
     Source: as `gdn`.
     """
     if state_BHNP is None:
         raise ConfigError("run gdn_step: state_BHNP: got None, expected a tensor.")
-    _check("gdn_step", q_BQN, k_BGN, v_BXP, g, beta_BH, state_BHNP, leading=1)
-    dtype, heads = state_BHNP.dtype, beta_BH.shape[1]
+    batch, heads = beta_BH.shape[:2]
+    _check(
+        "gdn_step", q_BQN, k_BGN, v_BXP, g, beta_BH, state_BHNP, leading=1, rows=None if rows_B is None else state_BHNP.shape[0]
+    )
+    if rows_B is not None and (tuple(rows_B.shape) != (batch,) or rows_B.dtype not in (torch.int32, torch.int64)):
+        raise ConfigError(
+            f"run gdn_step: rows_B: got {rows_B.dtype} {tuple(rows_B.shape)}, expected integers of shape {(batch,)}."
+        )
+    if fast := fast_path("gdn", "gdn_step", impl, q_BQN, k_BGN, v_BXP, g, beta_BH, state_BHNP, rows_B):
+        return fast(q_BQN, k_BGN, v_BXP, g, beta_BH, state_BHNP, rows_B)
+    if rows_B is not None:
+        kept = (rows_B >= 0).nonzero()[:, 0]
+        own, y_BHP = state_BHNP[rows_B[kept]], v_BXP.new_zeros(batch, heads, v_BXP.shape[2])
+        y_BHP[kept] = gdn_step(q_BQN[kept], k_BGN[kept], v_BXP[kept], g[kept], beta_BH[kept], own, impl="torch")
+        state_BHNP[rows_B[kept]] = own
+        return y_BHP
+    dtype = state_BHNP.dtype
     q, k, v = (t.to(dtype).repeat_interleave(heads // t.shape[1], dim=1) for t in (q_BQN, k_BGN, v_BXP))
     decay = torch.exp(g.to(dtype))
     state_BHNP.mul_(decay[..., None] if g.dim() == 3 else decay[..., None, None])
@@ -107,8 +130,8 @@ def gdn_step(q_BQN, k_BGN, v_BXP, g, beta_BH, state_BHNP):
     return (q[..., None] * state_BHNP).sum(-2).to(v_BXP.dtype)
 
 
-def _check(op, q, k, v, g, beta, state_BHNP, leading):
-    """Check shapes and dtypes; `leading` is the number of dims before the heads."""
+def _check(op, q, k, v, g, beta, state_BHNP, leading, rows=None):
+    """Check shapes and dtypes; `leading` is the number of dims before the heads, `rows` of the state if not the batch."""
     for name, tensor, dims in (("q", q, 2), ("k", k, 2), ("v", v, 2), ("beta", beta, 1)):
         if tensor.dim() != leading + dims or tensor.shape[:leading] != v.shape[:leading]:
             raise ConfigError(
@@ -128,6 +151,6 @@ def _check(op, q, k, v, g, beta, state_BHNP, leading):
         raise ConfigError(f"run {op}: g: got {g.dtype} {tuple(g.shape)}, expected floating {shapes[0]} or {shapes[1]}.")
     if state_BHNP is None:
         return
-    shape, dtype = (v.shape[0], heads, k.shape[-1], v.shape[-1]), compute_dtype(v.dtype)
+    shape, dtype = (v.shape[0] if rows is None else rows, heads, k.shape[-1], v.shape[-1]), compute_dtype(v.dtype)
     if tuple(state_BHNP.shape) != shape or state_BHNP.dtype != dtype:
         raise ConfigError(f"run {op}: state_BHNP: got {state_BHNP.dtype} {tuple(state_BHNP.shape)}, expected {dtype} {shape}.")

@@ -30,3 +30,15 @@ def gdn_reference(q_BTQN, k_BTGN, v_BTXP, g, beta_BTH, state_BHNP=None, segments
         state_BHNP = state_BHNP + (beta_BH[..., None] * k_BHN)[..., None] * wrong_BHP[:, :, None, :]
         y.append((q_BHN[..., None] * state_BHNP).sum(-2))
     return (torch.stack(y, dim=1) if tokens else v.clone()), state_BHNP
+
+
+def gdn_step_reference(q_BQN, k_BGN, v_BXP, g, beta_BH, state_BHNP, rows_B=None):
+    """One token of `gdn_reference` for each entry of the batch that has a state, entry by entry; as `gdn_step`."""
+    y_BHP = v_BXP.new_zeros(*beta_BH.shape, v_BXP.shape[2])
+    for entry in range(len(beta_BH)):
+        row = entry if rows_B is None else int(rows_B[entry])
+        if row >= 0:
+            q, k, v, decay, beta = (t[entry, None, None] for t in (q_BQN, k_BGN, v_BXP, g, beta_BH))
+            y, state = gdn_reference(q, k, v, decay, beta, state_BHNP[row, None])
+            y_BHP[entry], state_BHNP[row] = y[0, 0], state[0]
+    return y_BHP

@@ -92,7 +92,8 @@ def before_chunk(starts_ptr, first, window, PACKED: tl.constexpr):
     start = 0
     if PACKED:
         start = tl.load(starts_ptr + first)
-    return start, tl.maximum(start, first - window + 1)
+    low = tl.maximum(start, first - window + 1)
+    return start, low
 
 
 @triton.jit
@@ -141,7 +142,8 @@ def stream_sinks(
     if PACKED:
         starts_ptr += wide_batch * tokens
     first = chunk * CHUNK
-    start, low = before_chunk(starts_ptr, first, window, PACKED)
+    # For Python, functions of Triton's language only raise.
+    start, low = before_chunk(starts_ptr, first, window, PACKED)  # pyright: ignore[reportGeneralTypeIssues]
     high = tl.minimum(start + sink, low)
     cols = start + tile * N + tl.arange(0, N)
     k = rows_of(k_ptr + wide_batch * stride_kb + wide_group * stride_kh, cols, stride_kt, high, D, BLOCK_D)
