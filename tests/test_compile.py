@@ -3,7 +3,8 @@
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounter, CompileCounterWithBackend
-from transformers import DynamicCache
+from torch._dynamo.utils import counters
+from transformers import CompileConfig, DynamicCache
 
 from hybridize.static_cache import HybridStaticCache
 from tests.remote.hybrids import model_of
@@ -99,3 +100,20 @@ def test_with_padding_and_what_comes_behind_dynamo(kind, ids):
     expected = read(model, DynamicCache(config=model.config), ids, (PROMPT, *[1] * STEPS), mask)
     assert counter.frame_count <= GROWING
     assert_close(out[mask[:, : PROMPT + STEPS].bool()], expected[mask[:, : PROMPT + STEPS].bool()], "fp32")
+
+
+@pytest.mark.slow
+def test_generate_with_a_static_cache_compiles_once(ids):
+    """What transformers does by itself on a GPU: masks made beside the compiled step, which is one graph."""
+    model = model_of("llama", MIXED)
+    mask = torch.ones_like(ids[:, :10])
+    mask[1, :3] = 0
+    common = {"attention_mask": mask, "max_new_tokens": 8, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    expected = model.generate(ids[:, :10], **common)
+    compile_config = CompileConfig(backend="eager", fullgraph=True, mode=None)
+    compile_config._compile_all_devices = True
+    counters.clear()
+    out = model.generate(ids[:, :10], cache_implementation="static", compile_config=compile_config, **common)
+    assert torch.equal(out, expected)
+    assert counters["stats"]["unique_graphs"] == FIXED
+    assert not counters["graph_break"]
