@@ -41,6 +41,7 @@ PARTS: dict[str, Callable[[str], str]] = {
     "costs": lambda argument: docs_parts.costs(yaml.safe_load(argument)),
     "all_costs": lambda _: docs_parts.all_costs(),
     "recipe_costs": lambda _: docs_parts.recipe_costs(),
+    "kernels": lambda _: docs_parts.kernels(),
     "native": docs_parts.native,
     "all_natives": lambda _: docs_parts.all_natives(),
     "recipe_natives": lambda _: docs_parts.recipe_natives(),

@@ -20,6 +20,7 @@ from hybridize.errors import ConfigError
 from hybridize.eval import GATES, PROBES
 from hybridize.eval.table import human_bytes
 from hybridize.hub import shape_of
+from hybridize.kernels._core.table import specs
 from hybridize.mixers import MIXERS
 from hybridize.recipe import builtin_recipes, builtin_suites, load_recipe, load_suite
 from scripts.docs_text import code, options, plain, prose, table
@@ -215,6 +216,18 @@ def recipe_natives() -> str:
                 continue
             found.add(f"[{name}](recipes/{name}.md)", family, dict(made.native))
     return found.shown()
+
+
+def kernels() -> str:
+    """Every function of every op: which implementations it has, and what it is timed beside."""
+    rows = [["function", "implementations beside PyTorch", "gradients", "writes in place", "timed beside"]]
+    for spec in specs():
+        rows.append([
+            f"[{spec.name}](api.md#hybridize.kernels.{spec.op}.{spec.name})", ", ".join(map(code, spec.impls)) or "none",
+            "yes" if spec.grads else "no", ", ".join(map(code, spec.in_place)) or "nothing",
+            ", ".join(spec.anchors) or "PyTorch alone",
+        ])  # fmt: skip
+    return table(rows)
 
 
 def _head_comment(text: str) -> str:

@@ -9,17 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Head:
-    """How final hidden states become logits: c tanh(a x W^T / c), or a x W^T where there is no cap."""
-
-    weight: Tensor
-    """W, [V, D]."""
-    scale: float = 1.0
-    """a, as in Cohere's logit_scale."""
-    cap: float | None = None
-    """c, as in Gemma2's final_logit_softcapping."""
+from hybridize.kernels.linear_kl.heads import Head
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

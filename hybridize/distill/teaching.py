@@ -24,7 +24,6 @@ from hybridize.distill.job import Job, blocks_of, configs_of, wanted
 from hybridize.distill.kl import read_hidden
 from hybridize.distill.loop import seed_of
 from hybridize.distill.losses import LOSSES, asks_of_teacher
-from hybridize.distill.losses.chunked import each_logits
 from hybridize.distill.losses.top_k_kl import likeliest
 from hybridize.distill.signals import Head
 from hybridize.distill.teacher_cache import (
@@ -43,6 +42,7 @@ from hybridize.distill.teacher_cache import (
 )
 from hybridize.distill.teachers import check_teacher, is_cache, runs_model, teacher_of
 from hybridize.errors import ConfigError, TrainingError
+from hybridize.kernels.linear_kl.heads import each_logits
 from hybridize.lineage import versions
 from hybridize.shards import DTYPES, NAMES, Planned, Shard, plan_shards, tensor_bytes, write_shard
 from hybridize.storage import Staging, file_sha256, partial_folder, require_space, sweep, write_json

@@ -28,6 +28,7 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 from hybridize.cache import RecurrentLayer, own_layer
 from hybridize.errors import ConfigError
 from hybridize.families import element_bytes, family_of, head_dim
+from hybridize.kernels._core.dispatch import fast_path
 from hybridize.kernels.conv import causal_conv1d, causal_conv1d_step
 from hybridize.kernels.gated_norm import gated_rms_norm
 from hybridize.kernels.gdn import gdn, gdn_step
@@ -147,16 +148,22 @@ class DeltaMixer(nn.Module):
     ) -> Tensor:
         """What the last projection reads: the normed, gated mixture, [B, T, H * P]. Arguments as in `forward`."""
         new = hidden_states.shape[1]
-        qkv, g = self.qkv(hidden_states), self.log_decay(hidden_states)
+        qkv = self.qkv(hidden_states)
+        past = entry if entry is not None and entry.is_initialized else None
+        if past is not None:
+            past.conv, past.state = past.conv.to(qkv), past.state.to(qkv.device)
+            if new == 1 and padding_mask is None:
+                out = self.one_launch(hidden_states, qkv, past)
+                if out is not None:
+                    past.advance(hidden_states)
+                    return out
+        g = self.log_decay(hidden_states)
         beta = self.options.beta_max * torch.sigmoid(self.beta_logits(hidden_states).to(g.dtype))
         if padding_mask is not None:
             qkv = qkv * padding_mask[:, :, None].to(qkv.dtype)
             beta = beta * padding_mask[:, :, None]
             g = g * padding_mask.view(*padding_mask.shape, *(1,) * (g.dim() - 2))
         weight = self.conv1d.weight[:, 0]
-        past = entry if entry is not None and entry.seen > 0 else None
-        if past is not None:
-            past.conv, past.state = past.conv.to(qkv), past.state.to(qkv.device)
         if past is not None and new == 1:
             qkv = causal_conv1d_step(qkv[:, 0], weight, None, past.conv)[:, None]
             q, k, v = self._heads(qkv, position_embeddings)
@@ -166,11 +173,14 @@ class DeltaMixer(nn.Module):
             q, k, v = self._heads(qkv, position_embeddings)
             y, state = gdn(q, k, v, g, beta, None if past is None else past.state, segment_ids)
             if entry is not None:
-                entry.conv, entry.state = conv.detach(), state.detach()
+                entry.hold(conv=conv.detach(), state=state.detach())
         if entry is not None:
-            entry.seen += new
-            entry.is_initialized = True
+            entry.advance(hidden_states)
         return self.gated(y.to(hidden_states.dtype), hidden_states).flatten(2)
+
+    def one_launch(self, u: Tensor, qkv: Tensor, past: RecurrentLayer) -> Tensor | None:
+        """What `context` gives for one token, by one kernel; None where there is no such kernel."""
+        return None
 
     def mixing_matrix(self, hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor]) -> Tensor:
         """What token s's v weighs in each head's y at token t, before the norm and the gate, [B, H, T, T].
@@ -250,6 +260,19 @@ class GDNMixer(DeltaMixer):
 
     def beta_logits(self, u: Tensor) -> Tensor:
         return self.in_proj_b(u)
+
+    def one_launch(self, u: Tensor, qkv: Tensor, past: RecurrentLayer) -> Tensor | None:
+        if hasattr(self, "q_norm") or self.options.rope:
+            return None
+        weights = (self.conv1d.weight[:, 0], self.A_log, self.dt_bias, self.options.beta_max, self.norm.weight, self.norm.eps)
+        states, x = (past.conv, past.state), qkv[:, 0]
+        # The other projections have the dtype of this one, which stands for them until they are known to be read.
+        step = fast_path("mixer_step", "gdn_mixer_step", "auto", x, x, x, x, *weights, *states)
+        if step is None:
+            return None
+        a, b = self.in_proj_a(u)[:, 0], self.in_proj_b(u)[:, 0]
+        with torch.no_grad():
+            return step(self.in_proj_z(u)[:, 0], x, a, b, *weights, *states)[:, None]
 
     def gated(self, y: Tensor, u: Tensor) -> Tensor:
         return self.norm(y, self.in_proj_z(u).view_as(y))

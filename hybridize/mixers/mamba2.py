@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from hybridize.cache import RecurrentLayer, own_layer
 from hybridize.errors import ConfigError
 from hybridize.families import element_bytes, family_of, head_dim
+from hybridize.kernels._core.dispatch import fast_path
 from hybridize.kernels.conv import causal_conv1d, causal_conv1d_step
 from hybridize.kernels.gated_norm import gated_rms_norm
 from hybridize.kernels.ssd import ssd, ssd_step
@@ -181,31 +182,51 @@ class Mamba2Mixer(nn.Module):
         """What out_proj reads: the gated, normed mixture, [B, T, H * P]. Arguments as in `forward`."""
         batch, new, _ = hidden_states.shape
         z, xBC, dt = self.in_proj(hidden_states).split([self.inner, self.inner + 2 * self.grouped, self.num_heads], dim=-1)
+        readers = memories if memories is not None and memories.wants(self.layer_idx) else None
+        past = entry if entry is not None and entry.is_initialized else None
+        if past is not None and new == 1 and padding_mask is None and readers is None:
+            out = self._one_launch(z, xBC, dt, past)
+            if out is not None:
+                past.advance(hidden_states)
+                return out
         dt = F.softplus(dt.float() + self.dt_bias.float())
         if padding_mask is not None:
             xBC = xBC * padding_mask[:, :, None].to(xBC.dtype)
             dt = dt * padding_mask[:, :, None]
         weight, bias = self.conv1d.weight[:, 0], self.conv1d.bias
         A = -torch.exp(self.A_log.float())
-        if entry is not None and entry.seen > 0 and new == 1:
-            entry.conv, entry.state = entry.conv.to(xBC), entry.state.to(xBC.device)
-            xBC = causal_conv1d_step(xBC[:, 0], weight, bias, entry.conv)
+        if past is not None and new == 1:
+            past.conv, past.state = past.conv.to(xBC), past.state.to(xBC.device)
+            xBC = causal_conv1d_step(xBC[:, 0], weight, bias, past.conv)
             x, b, c = self._heads(xBC)
-            y = ssd_step(x, dt[:, 0], A, b, c, self.D, entry.state)[:, None]
+            y = ssd_step(x, dt[:, 0], A, b, c, self.D, past.state)[:, None]
         else:
-            past = entry if entry is not None and entry.seen > 0 else None
             xBC, conv = causal_conv1d(xBC, weight, bias, None if past is None else past.conv, "silu", segment_ids)
             x, b, c = self._heads(xBC)
             y, state = ssd(x, dt, A, b, c, self.D, None if past is None else past.state, segment_ids)
             if entry is not None:
-                entry.conv, entry.state = conv.detach(), state.detach()
+                entry.hold(conv=conv.detach(), state=state.detach())
         if entry is not None:
-            entry.seen += new
-            entry.is_initialized = True
+            entry.advance(hidden_states)
         y = y.reshape(batch, new, self.inner)
-        if memories is not None and memories.wants(self.layer_idx):
-            memories.leave(self.layer_idx, self.norm.ungated(y))
+        if readers is not None:
+            readers.leave(self.layer_idx, self.norm.ungated(y))
         return self.norm(y, z)
+
+    def _one_launch(self, z: Tensor, xBC: Tensor, dt: Tensor, past: RecurrentLayer) -> Tensor | None:
+        """One token [B, 1, ...] through convolution, state and norm in one kernel, where there is one for it."""
+        if hasattr(self, "q_norm"):
+            return None
+        past.conv, past.state = past.conv.to(xBC), past.state.to(xBC.device)
+        inputs = (
+            z[:, 0], xBC[:, 0], dt[:, 0], self.conv1d.weight[:, 0], self.conv1d.bias, self.A_log, self.dt_bias, self.D,
+            self.norm.weight, self.norm.eps, past.conv, past.state,
+        )  # fmt: skip
+        step = fast_path("mixer_step", "mamba2_mixer_step", "auto", *inputs)
+        if step is None:
+            return None
+        with torch.no_grad():
+            return step(*inputs)[:, None]
 
     def mixing_matrix(self, hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor]) -> Tensor:
         """What token s's x weighs in each head's y at token t, before the gate and the norm, [B, H, T, T].

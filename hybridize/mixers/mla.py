@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from hybridize.errors import ConfigError
 from hybridize.families import element_bytes, family_of, head_dim
+from hybridize.kernels._core.dispatch import fast_path
 from hybridize.mixers.mamba2 import HeadNorm
 from hybridize.mixers.windowed import one_hot
 
@@ -259,10 +260,18 @@ class LatentAttention(nn.Module):
         heads, new, total = self.num_heads, turned.shape[2], latent.shape[2]
         up_keys, up_values = self.kv_b_proj.weight.view(heads, -1, self.rank).split([self.plain, self.width], dim=1)
         latent, key = latent[:, 0], key[:, 0]
+        q_latent = torch.einsum("bhtd,hdr->bhtr", plain, up_keys) if self.plain else None
+        # A bias in the mask, a dropped weight or a gradient is PyTorch's.
+        if new == 1 and not (torch.is_grad_enabled() or (self.training and self.dropout)):
+            seen = None if mask is None else mask[:, 0, 0].expand(len(latent), -1)
+            first = None if q_latent is None else q_latent[:, :, 0]
+            one = first, turned[:, :, 0], latent, key, None, None, seen, self.width**-0.5
+            if (seen is None or seen.dtype == torch.bool) and (fast := fast_path("mla_decode", "mla_decode", "auto", *one)):
+                return torch.einsum("bhr,hdr->bhd", fast(*one)[0], up_values)[:, :, None]
         # Heads are rows of one product: the cache is not repeated for each.
         scores = turned.flatten(1, 2) @ key.transpose(1, 2)
-        if self.plain:
-            scores = scores + torch.einsum("bhtd,hdr->bhtr", plain, up_keys).flatten(1, 2) @ latent.transpose(1, 2)
+        if q_latent is not None:
+            scores = scores + q_latent.flatten(1, 2) @ latent.transpose(1, 2)
         wide = torch.promote_types(scores.dtype, torch.float32)
         scores = scores.to(wide).unflatten(1, (heads, new)) * self.width**-0.5
         if mask is None and new > 1:

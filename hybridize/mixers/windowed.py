@@ -15,10 +15,9 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from hybridize.cache import LeavingWindowLayer, SinkWindowLayer, own_layer
 from hybridize.families import family_of, head_dim
-
-# Queries handled at once: the mask and scores of a block stay small however long the text is. Of a short window no more
-# than it holds, or most scores of a block are masked; but no fewer than the smallest.
-QUERY_BLOCK, SMALLEST_BLOCK = 256, 64
+from hybridize.kernels.stream_attn import stream_attn, stream_attn_step
+from hybridize.kernels.stream_attn.torch_impl import block_attention
+from hybridize.mixers.ring import Ring
 
 
 def _at_most(value: Any, limit: int) -> Any:
@@ -151,6 +150,8 @@ class WindowedAttention(nn.Module):
     v_proj: nn.Linear
     o_proj: nn.Linear
     entry_kind: type[SinkWindowLayer] | type[LeavingWindowLayer] = SinkWindowLayer
+    # Whether `_sdpa` is the softmax over keys alone, which kernels know.
+    plain_softmax = True
 
     def __init__(self, config: Any, layer_idx: int, reach: Reach):
         super().__init__()
@@ -186,7 +187,7 @@ class WindowedAttention(nn.Module):
         Args:
             hidden_states: [B, T, D].
             position_embeddings: cos and sin, [B, T, d].
-            past_key_values: a DynamicCache or None.
+            past_key_values: a DynamicCache, a HybridStaticCache or None.
             padding_mask: [B, T] bool, False on left padding; None is no padding.
             segment_ids: [B, T] int, documents of a packed row; None is one document. Not with a cache.
             **unused: what other attention modules read, such as the 4-D mask.
@@ -198,9 +199,11 @@ class WindowedAttention(nn.Module):
         out = self.context(hidden_states, position_embeddings, entry, padding_mask, segment_ids)
         if entry is not None:
             if padding_mask is not None:
-                entry.pads = (0 if entry.pads is None else entry.pads) + (~padding_mask).sum(dim=1)
-            entry.seen += hidden_states.shape[1]
-            entry.is_initialized = True
+                pads = entry.pads if entry.is_initialized and entry.pads is not None else 0
+                entry.hold(pads=pads + (~padding_mask).sum(dim=1))
+            elif entry.capacity is not None and not entry.is_initialized:
+                entry.hold(pads=torch.zeros(hidden_states.shape[0], dtype=torch.long, device=hidden_states.device))
+            entry.advance(hidden_states)
         return self.o_proj(out), None
 
     def context(
@@ -239,7 +242,9 @@ class WindowedAttention(nn.Module):
         """As `attend`, over a reach and with the entry's tensors of that prefix."""
         if entry is None:
             return self._fresh(reach, q, k, v, padding, segments)
-        if entry.seen == 0:
+        if entry.capacity is not None:
+            return self._in_ring(prefix, Ring(reach, entry.capacity), q, k, v, entry, padding)
+        if not entry.is_initialized:
             out = self._fresh(reach, q, k, v, padding, segments)
             held = self._first(reach, k, v, padding)
         else:
@@ -255,51 +260,47 @@ class WindowedAttention(nn.Module):
             scale=self.head_dim**-0.5, enable_gqa=True,
         )  # fmt: skip
 
+    def _steps(self) -> bool:
+        """Whether `stream_attn_step` may attend for one token."""
+        return self.plain_softmax and not torch.is_grad_enabled() and not (self.training and self.dropout)
+
     def _fresh(self, reach: Reach, q: Tensor, k: Tensor, v: Tensor, padding: Tensor | None, segments: Tensor | None) -> Tensor:
-        """No past: blocks of queries against what lasts and the slice of keys that their windows reach."""
-        new = q.shape[2]
-        plain = padding is None and segments is None
-        if plain and (new <= reach.window or reach.everything):
+        """No past. Padding is a document of its own."""
+        if segments is None and padding is not None:
+            segments = (~padding).long() * -1
+        if segments is None and (q.shape[2] <= reach.window or reach.everything):
             return self._sdpa(q, k, v, None, causal=True)
-        index = torch.arange(new, device=q.device)
-        if plain:
-            place, row_segments = index[None], None
-        else:
-            real = torch.ones(q.shape[0], new, dtype=torch.bool, device=q.device) if padding is None else padding
-            row_segments = (~real).long() * -1 if segments is None else segments.long()
-            # Position of each token in its own document: where the document starts is the running maximum of the borders.
-            starts = torch.ones_like(real)
-            starts[:, 1:] = row_segments[:, 1:] != row_segments[:, :-1]
-            place = index - torch.where(starts, index, 0).cummax(dim=1).values
-        lasts = reach.lasts(place)
-        pieces, block = [], min(max(reach.window, SMALLEST_BLOCK), QUERY_BLOCK)
-        for start in range(0, new, block):
-            stop = min(start + block, new)
-            first = max(0, start - reach.window + 1)
-            keep = torch.cat([reach.nth_lasting(index[: reach.lasting(first)]), index[first:stop]]) if plain else index[:stop]
-            rows = index[start:stop]
-            distance = rows[:, None] - keep[None]
-            seen = (distance >= 0)[None] & ((distance < reach.window)[None] | lasts[:, None, keep])
-            if row_segments is not None:
-                seen = seen & (row_segments[:, start:stop, None] == row_segments[:, None, keep])
-            pieces.append(self._sdpa(q[:, :, start:stop], k[:, :, keep], v[:, :, keep], seen[:, None]))
-        return torch.cat(pieces, dim=2)
+        if self.plain_softmax and (reach.stride == 0 or reach.everything):
+            sink, window = (0, q.shape[2]) if reach.everything else (reach.sink, reach.window)
+            dropout = self.dropout if self.training else 0.0
+            # Values that are not as wide as heads ask for a matrix, which is PyTorch's to make.
+            impl = "auto" if v.shape[-1] == self.head_dim else "torch"
+            return stream_attn(q, k, v, sink, window, segments, self.head_dim**-0.5, dropout, impl)
+
+        def earlier(count: int) -> Tensor:
+            return reach.nth_lasting(torch.arange(reach.lasting(count), device=q.device))
+
+        return block_attention(q, k, v, reach.window, reach.lasts, earlier, segments, self._sdpa)
 
     def _first(self, reach: Reach, k: Tensor, v: Tensor, padding: Tensor | None) -> tuple[Tensor, Tensor]:
         """What the cache keeps of a first call's keys and values."""
         new = k.shape[2]
         if padding is not None:
             place = torch.where(padding, padding.cumsum(dim=1) - 1, -1)
-            return self._kept(reach, k, v, place, padding.sum(dim=1))
+            return self._kept(reach, k, v, place, padding.sum(dim=1), new)
         if reach.slots(new) == new:
             return k.contiguous(), v.contiguous()
         # Without padding every row is alike: one index serves all.
         keep = reach.places(torch.tensor([new], device=k.device), reach.slots(new))[0]
         return k.index_select(2, keep), v.index_select(2, keep)
 
-    def _kept(self, reach: Reach, k: Tensor, v: Tensor, place: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
-        """Of `k`, `v` [B, G, S, d] of the tokens at `place` [B, S] (-1: not a token), what `count` [B] tokens leave behind."""
-        longest = int(count.max())
+    def _kept(
+        self, reach: Reach, k: Tensor, v: Tensor, place: Tensor, count: Tensor, longest: int
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """Of `k`, `v` [B, G, S, d] of the tokens at `place` [B, S] (-1: not a token), what `count` [B] tokens leave behind.
+
+        `longest` is a bound of the counts; asking the counts themselves would stop the device.
+        """
         wanted = reach.places(count, reach.slots(longest))
         # Column 0 is for what is no token: padding is written there, and empty slots read it.
         column = torch.zeros(place.shape[0], longest + 1, dtype=torch.long, device=k.device)
@@ -318,8 +319,11 @@ class WindowedAttention(nn.Module):
                 keys, values = torch.cat([keys, k], 2), torch.cat([values, v], 2)
             else:
                 # Overwrite the token that just left the window, in place.
-                slot = reach.slot(leaving)
-                keys[:, :, slot], values[:, :, slot] = k[:, :, 0], v[:, :, 0]
+                slot = torch.full((1,), reach.slot(leaving), device=k.device)
+                keys.index_copy_(2, slot, k)
+                values.index_copy_(2, slot, v)
+            if self._steps():
+                return stream_attn_step(q[:, :, 0], keys, values, scale=self.head_dim**-0.5)[:, :, None], (keys, values)
             return self._sdpa(q, keys, values, None), (keys, values)
         batch = q.shape[0]
         pads = torch.zeros(batch, dtype=torch.long, device=q.device) if entry.pads is None else entry.pads
@@ -328,10 +332,42 @@ class WindowedAttention(nn.Module):
         place_new = torch.where(real, before[:, None] + real.cumsum(dim=1) - 1, -1)
         place = torch.cat([reach.places(before, keys.shape[2]), place_new], dim=1)
         k, v = torch.cat([keys, k], 2), torch.cat([values, v], 2)
-        distance = place_new[:, :, None] - place[:, None, :]
+        return self._among(reach, q, k, v, place, real), self._kept(
+            reach, k, v, place, before + real.sum(dim=1), entry.seen + new
+        )
+
+    def _among(self, reach: Reach, q: Tensor, k: Tensor, v: Tensor, place: Tensor, real: Tensor) -> Tensor:
+        """Queries [B, H, T, d], of which `real` [B, T] are no padding, over tokens at `place` [B, S], the last T their own."""
+        new = q.shape[2]
+        distance = place[:, -new:, None] - place[:, None, :]
         allowed = (place >= 0)[:, None] & (distance >= 0) & ((distance < reach.window) | reach.lasts(place)[:, None])
         # A padded query sees itself alone, so that its (unused) row is not a softmax over nothing.
         itself = torch.zeros_like(allowed)
         itself[:, torch.arange(new), torch.arange(new) + place.shape[1] - new] = True
-        out = self._sdpa(q, k, v, (allowed | (itself & ~real[:, :, None]))[:, None])
-        return out, self._kept(reach, k, v, place, before + real.sum(dim=1))
+        return self._sdpa(q, k, v, (allowed | (itself & ~real[:, :, None]))[:, None])
+
+    def _in_ring(
+        self, prefix: str, ring: Ring, q: Tensor, k: Tensor, v: Tensor, entry: Any, padding: Tensor | None
+    ) -> Tensor:  # fmt: skip
+        """As `attend_part`, with an entry of fixed size."""
+        batch, new = q.shape[0], q.shape[2]
+        named = {f"{prefix}keys": k, f"{prefix}values": v}
+        if not entry.is_initialized and getattr(entry, f"{prefix}keys") is None:
+            entry.hold(**{name: t.new_zeros(batch, t.shape[1], ring.slots, t.shape[3]) for name, t in named.items()})
+        pairs = [(getattr(entry, name), fresh) for name, fresh in named.items()]
+        (keys, _), (values, _) = pairs
+        if not entry.is_initialized:
+            ring.write(pairs, torch.zeros(batch, dtype=torch.long, device=q.device), padding)
+            return self._fresh(ring.reach, q, k, v, padding, None)
+        before = entry.seen - entry.pads
+        if new == 1 and padding is None:
+            ring.write(pairs, before, None)
+            if ring.in_order and self._steps():
+                counts = (before + 1).clamp(max=ring.slots)
+                return stream_attn_step(q[:, :, 0], keys, values, counts, scale=self.head_dim**-0.5)[:, :, None]
+            return self._sdpa(q, keys, values, (ring.read(before + 1) >= 0)[:, None, None])
+        real = torch.ones(batch, new, dtype=torch.bool, device=q.device) if padding is None else padding
+        place = torch.cat([ring.read(before), torch.where(real, before[:, None] + real.cumsum(dim=1) - 1, -1)], dim=1)
+        out = self._among(ring.reach, q, torch.cat([keys, k], 2), torch.cat([values, v], 2), place, real)
+        ring.write(pairs, before, padding)
+        return out

@@ -5,7 +5,7 @@ import torch
 
 from hybridize.errors import ConfigError
 from hybridize.kernels.conv import causal_conv1d, causal_conv1d_step
-from hybridize.kernels.conv.reference import causal_conv1d_reference
+from hybridize.kernels.conv.reference import causal_conv1d_reference, causal_conv1d_step_reference
 from tests.tolerances import assert_close
 
 DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16}
@@ -90,6 +90,19 @@ def test_steps_equal_prefill(taps, row):
     y = [causal_conv1d_step(x_BC, weight, bias, state) for x_BC in x.unbind(1)]
     assert_close(torch.stack(y, dim=1), y_ref, row)
     assert torch.equal(state, state_ref)
+
+
+def test_a_step_over_picked_rows_leaves_the_others():
+    x, weight, bias, _ = make_inputs(1)
+    state = torch.randn(5, C, 3, dtype=torch.float64)
+    rows, picked, expected = torch.tensor([4, -1]), state.clone(), state.clone()
+    y = causal_conv1d_step(x[:, 0], weight, bias, picked, rows_B=rows)
+    assert_close(y, causal_conv1d_step_reference(x[:, 0], weight, bias, expected, rows_B=rows), "fp64")
+    assert torch.equal(picked, expected)
+    assert torch.equal(picked[:4], state[:4])
+    fails(causal_conv1d_step(x[:, 0], weight, bias, state, rows_B=torch.tensor([3, -1])), y)
+    with pytest.raises(ConfigError, match="rows_B"):
+        causal_conv1d_step(x[:, 0], weight, bias, state, rows_B=torch.tensor([3]))
 
 
 @pytest.mark.parametrize("boundaries", [(1,), (2, 3, 20), (28,)], ids=str)

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from hybridize.errors import ConfigError
 from hybridize.kernels.ssd import ssd, ssd_step
-from hybridize.kernels.ssd.reference import ssd_reference
+from hybridize.kernels.ssd.reference import ssd_reference, ssd_step_reference
 from tests.kernels.calls import as_fp64, grads_of, run
 from tests.tolerances import assert_close
 
@@ -166,6 +166,38 @@ def test_steps_equal_prefill(heads, row):
     y = [ssd_step(x, dt, inputs["A"], B, C, inputs["D"], state) for x, dt, B, C in steps]
     assert_close(torch.stack(y, dim=1), y_ref, row)
     assert_close(state, state_ref, row)
+
+
+def step_inputs(rows, states):
+    """One token for each of `rows`, and more states than rows."""
+    inputs = make_inputs(1, heads=(2, 2, 8), batch=len(rows))
+    state = torch.randn(states, 8, P, N, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    one = {name: inputs[name][:, 0] for name in ("x", "dt", "B", "C")}
+    return [one["x"], one["dt"], inputs["A"], one["B"], one["C"], inputs["D"], state, torch.tensor(rows)]
+
+
+def test_steps_go_on_with_the_rows_they_are_given():
+    inputs = step_inputs((4, -1, 0), states=6)
+    y_ref = ssd_step_reference(*inputs[:6], state_ref := inputs[6].clone(), inputs[7])
+    before, state = inputs[6].clone(), inputs[6]
+    y = ssd_step(*inputs)
+    assert_close(y, y_ref, "fp64")
+    assert_close(state, state_ref, "fp64")
+    assert torch.equal(state[[1, 2, 3, 5]], before[[1, 2, 3, 5]])
+    assert y[1].abs().max() == 0
+    fails(ssd_step(*inputs[:6], before, torch.tensor([0, -1, 4])), y_ref)
+
+
+@pytest.mark.parametrize("rows", [(0, 0), (0, 3), (-2, 1)], ids=str)
+def test_rows_that_there_are_not_or_twice_are_named(rows):
+    with pytest.raises(ConfigError, match="rows_B"):
+        ssd_step(*step_inputs(rows, states=3))
+
+
+@pytest.mark.parametrize("rows", [torch.tensor([0.0, 1.0]), torch.tensor([0]), torch.tensor([[0, 1]])], ids=str)
+def test_rows_of_another_kind_are_named(rows):
+    with pytest.raises(ConfigError, match="rows_B"):
+        ssd_step(*step_inputs((0, 1), states=3)[:7], rows)
 
 
 @pytest.mark.parametrize("boundaries", [(1,), (32,), (5, 6, 40), (31, 33, 64, 65)], ids=str)

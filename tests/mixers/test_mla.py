@@ -136,3 +136,33 @@ def test_a_mask_of_another_kind_is_refused(tmp_path):
     angles = FAMILIES["llama"].rotary(config)(x, torch.arange(4)[None])
     with pytest.raises(ConfigError, match="attn_implementation"):
         mixer(x, angles, torch.ones(1, 4))
+
+
+@pytest.mark.parametrize("options", [{"kv_rank": 5, "rope_dim": 4}, {"kv_rank": 3, "rope_dim": "full"}], ids=str)
+def test_one_token_is_decoded_by_the_kernel(options, tmp_path, monkeypatch):
+    """Under the interpreter, with padding on the left: the logits of the PyTorch path."""
+    pytest.importorskip("triton", reason="Triton is not installed")
+    import hybridize.kernels.mla_decode.triton_impl as kernels
+
+    base = AutoModelForCausalLM.from_pretrained(tiny_base("qwen3", tmp_path))
+    model = modeling.build_model(modeling.hybrid_config(base.config, [{"name": "mla", **options}, *[{"name": "attention"}] * 2]))
+    model.eval()
+    ids, mask = torch.randint(3, 64, (2, 9)), torch.ones(2, 9, dtype=torch.long)
+    mask[0, :3] = 0
+    calls, decode = [], kernels.mla_decode
+    monkeypatch.setattr(kernels, "mla_decode", lambda *arguments: calls.append(arguments) or decode(*arguments))
+
+    def last():
+        """Logits of the last token, after a cache of those before it."""
+        with torch.no_grad():
+            cache = model(ids[:, :-1], attention_mask=mask[:, :-1]).past_key_values
+            return model(ids[:, -1:], attention_mask=mask, past_key_values=cache).logits
+
+    expected = last()
+    assert not calls
+    monkeypatch.setenv("HYBRIDIZE_KERNELS", "triton")
+    assert torch.allclose(last(), expected, atol=2e-5)
+    assert len(calls) == 1
+    # Wrong on purpose: padding that is seen.
+    monkeypatch.setattr(kernels, "mla_decode", lambda *a: decode(*a[:6], None, a[7]))
+    assert not torch.allclose(last(), expected, atol=1e-3)

@@ -5,7 +5,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from hybridize.distill.losses.chunked import linear_divergence, softmax
+from hybridize.distill.losses.chunked import linear_distance
 from hybridize.distill.signals import Signals
 from hybridize.errors import ConfigError
 
@@ -45,26 +45,9 @@ class KL(LogitLoss):
     gradient clipping, by a factor that changes with seq_tokens."""
 
     def __call__(self, student: Signals, teacher: Signals, mask_BT: Tensor | None) -> Tensor:
-        divergence = _forward if self.direction == "forward" else _reverse
-        loss = linear_divergence(student, teacher, mask_BT, divergence, self.temperature, self.chunk_tokens)
+        loss = linear_distance(student, teacher, mask_BT, self.temperature, self.chunk_tokens, kind=self.direction)
         if self.reduction == "token_mean":
             return loss
         assert student.hidden is not None
         rows, tokens = student.hidden.shape[:2]
         return loss * (tokens if mask_BT is None else mask_BT.sum() / rows)
-
-
-def _forward(t: Tensor, s: Tensor, at: slice) -> tuple[Tensor, Tensor]:
-    p, p_sum = softmax(t)
-    q, q_sum = softmax(s)
-    # log p - log q by differences of logits first: what is equal cancels exactly.
-    t.sub_(s).sub_(p_sum - q_sum)
-    return t.mul_(p).sum(-1), q.sub_(p)
-
-
-def _reverse(t: Tensor, s: Tensor, at: slice) -> tuple[Tensor, Tensor]:
-    _, p_sum = softmax(t)
-    q, q_sum = softmax(s)
-    s.sub_(t).sub_(q_sum - p_sum)
-    loss = (q * s).sum(-1)
-    return loss, s.sub_(loss[:, None]).mul_(q)

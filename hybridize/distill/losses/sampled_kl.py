@@ -5,10 +5,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hybridize.distill.losses.chunked import linear_divergence, select, softmax
+from hybridize.distill.losses.chunked import linear_divergence, select
 from hybridize.distill.losses.kl import LogitLoss
 from hybridize.distill.signals import Signals
 from hybridize.errors import ConfigError
+from hybridize.kernels.linear_kl.heads import softmax
 
 
 @dataclass(frozen=True, kw_only=True)

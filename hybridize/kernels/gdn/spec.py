@@ -270,8 +270,8 @@ GDN_STEP = OpSpec(
         Case("dims of no power of two", SMALL | {"N": 40, "P": 20}),
         Case("rows", SMALL | {"B": 3, "rows": 1}),
     ),
-    shapes=(
-        *(Case(f"llama8b_b{batch}", {"B": batch, **LLAMA}) for batch in (1, 8, 64)),
+    shapes=tuple(Case(f"llama8b_b{batch}", {"B": batch, **LLAMA}) for batch in (1, 8, 64))
+    + (
         Case("dims_80_96_b8", {"B": 8, **LLAMA, "N": 80, "P": 96}),
         Case("channels_b8", {"B": 8, **LLAMA, "C": 128}),
         Case("rows_b8", {"B": 8, **LLAMA, "rows": 1}),

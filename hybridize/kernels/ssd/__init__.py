@@ -14,8 +14,9 @@ N state dim.
 import torch
 
 from hybridize.errors import ConfigError
-from hybridize.kernels.chunks import compute_dtype, no_autocast
-from hybridize.kernels.ssd.torch_impl import ssd_chunked
+from hybridize.kernels._core.dispatch import fast_path
+from hybridize.kernels.chunks import compute_dtype
+from hybridize.kernels.ssd.torch_impl import ssd_chunked, ssd_step_torch
 
 __all__ = ["ssd", "ssd_step"]
 
@@ -34,6 +35,7 @@ def ssd(
     state_BHPN=None,
     segments_BT=None,
     chunk=None,
+    impl="auto",
 ):
     """Run the scan over T tokens; return outputs and the state after the last token.
 
@@ -52,17 +54,21 @@ def ssd(
             the id differs from that of the token before. `state_BHPN` belongs to the document of
             the first token.
         chunk: tokens per chunk; None takes 32 without and 64 with gradients. It changes the speed,
-            not the result.
+            not the result. Triton takes its own.
+        impl: "auto" (Triton on CUDA where its kernels take these inputs), "torch" or "triton".
 
     Returns:
         y_BTHP: outputs, [B, T, H, P], dtype of x.
         state_BHPN: state after the last token, fp32 (fp64 for fp64 values).
 
     Raises:
-        ConfigError: a shape, a dtype, head counts that do not divide H, or a chunk below 1.
+        ConfigError: a shape, a dtype, head counts that do not divide H, a chunk below 1, or an
+            `impl` that cannot run.
 
     Numerics: products, states, decays in fp32 (fp64 for fp64 values), log decays summed in fp64.
         Relative RMS error against the fp64 recurrence, fp32: about 1e-7, gradients about 3e-7.
+        Triton multiplies half precision operands as they are, sums in fp32, and keeps the states
+        between chunks in the dtype of x.
     Cost: O(T L (P + N) + T P N) per head for chunks of L; training keeps T/L states per head.
         Differentiable once, in every floating argument.
     Source: Dao, Gu, arXiv 2405.21060, eq. 2 and section 6; own derivation of the backward.
@@ -83,11 +89,14 @@ def ssd(
         raise ConfigError(f"run ssd: chunk: got {chunk}, expected at least 1.")
     if dt_BTH.shape[1] == 0:
         return _no_tokens(x_BTXP, dt_BTH, B_BTGN, state_BHPN)
-    return ssd_chunked(x_BTXP, dt_BTH, A_H, B_BTGN, C_BTMN, D_H, state_BHPN, segments_BT, int(chunk))
+    arguments = (x_BTXP, dt_BTH, A_H, B_BTGN, C_BTMN, D_H, state_BHPN, segments_BT, int(chunk))
+    if fast := fast_path("ssd", "ssd", impl, *arguments):
+        return fast(*arguments)
+    return ssd_chunked(*arguments)
 
 
 @torch.no_grad()
-def ssd_step(x_BXP, dt_BH, A_H, B_BGN, C_BMN, D_H, state_BHPN):
+def ssd_step(x_BXP, dt_BH, A_H, B_BGN, C_BMN, D_H, state_BHPN, rows_B=None, impl="auto"):
     """Run the scan over one token, updating the state in place. Not differentiable.
 
     Args:
@@ -98,37 +107,30 @@ def ssd_step(x_BXP, dt_BH, A_H, B_BGN, C_BMN, D_H, state_BHPN):
         C_BMN: output maps, [B, M, N], dtype of x.
         D_H: skip weights, [H], or None.
         state_BHPN: state, [B, H, P, N], fp32 (fp64 for fp64 values); overwritten.
+        rows_B: integers, [B]: which row of `state_BHPN` each row of the batch goes on with, each row at
+            most once. The state then has any number of rows. -1 leaves a row of the batch out: its outputs
+            are 0, and no state changes. None is one state for each row of the batch, in order.
+        impl: "auto" (Triton on CUDA where its kernel takes these inputs), "torch" or "triton".
 
     Returns:
         y_BHP: outputs, [B, H, P], dtype of x.
 
     Raises:
-        ConfigError: a shape, a dtype, or head counts that do not divide H.
+        ConfigError: a shape, a dtype, head counts that do not divide H, an `impl` that cannot run; on the CPU
+            also rows that there are not, or twice. On a GPU that would wait for it: such a row gives NaN.
 
     Numerics: as `ssd`.
     Cost: one read and write of the state, O(P N) per head.
     Source: Dao, Gu, arXiv 2405.21060, eq. 2.
     """
     _check_heads("ssd_step", x_BXP, dt_BH, A_H, B_BGN, C_BMN, D_H, leading=1)
-    _check_state("ssd_step", x_BXP, dt_BH, B_BGN, state_BHPN, required=True)
-    dtype = state_BHPN.dtype
-    (G, M), heads_per_x = (
-        (B_BGN.shape[1], C_BMN.shape[1]),
-        dt_BH.shape[1] // x_BXP.shape[1],
-    )
-    dt = dt_BH.to(dtype)
-    x = x_BXP.to(dtype)[:, :, None].expand(-1, -1, heads_per_x, -1).flatten(1, 2)
-    decay = torch.exp(dt * A_H.to(dtype))
-    state_BHPN.mul_(decay[..., None, None])
-    grouped = state_BHPN.unflatten(1, (G, -1))
-    dtx = (x * dt[..., None]).unflatten(1, (G, -1))
-    grouped.addcmul_(dtx[..., None], B_BGN.to(dtype)[:, :, None, None, :])
-    rows = state_BHPN.unflatten(1, (M, -1)).flatten(2, 3)
-    with no_autocast(x):
-        y = torch.matmul(rows, C_BMN.to(dtype)[..., None]).view(x.shape)
-    if D_H is not None:
-        y = y.addcmul_(x, D_H.to(dtype)[:, None])
-    return y.to(x_BXP.dtype)
+    _check_rows(x_BXP, state_BHPN, rows_B)
+    rows = x_BXP.shape[0] if rows_B is None or state_BHPN is None else state_BHPN.shape[0]
+    _check_state("ssd_step", x_BXP, dt_BH, B_BGN, state_BHPN, required=True, rows=rows)
+    arguments = (x_BXP, dt_BH, A_H, B_BGN, C_BMN, D_H, state_BHPN, rows_B)
+    if fast := fast_path("ssd", "ssd_step", impl, *arguments):
+        return fast(*arguments)
+    return ssd_step_torch(*arguments)
 
 
 def _no_tokens(x_BTXP, dt_BTH, B_BTGN, state_BHPN):
@@ -167,10 +169,25 @@ def _check_heads(op, x, dt, A_H, B, C, D_H, leading):
             )
 
 
-def _check_state(op, x, dt, B, state_BHPN, required=False):
+def _check_rows(x, state_BHPN, rows_B):
+    if rows_B is None:
+        return
+    if tuple(rows_B.shape) != tuple(x.shape[:1]) or rows_B.dtype not in (torch.int32, torch.int64):
+        raise ConfigError(
+            f"run ssd_step: rows_B: got {rows_B.dtype} {tuple(rows_B.shape)}, "
+            f"expected int32 or int64 of shape {tuple(x.shape[:1])}."
+        )
+    if rows_B.device.type == "cpu" and not torch.compiler.is_compiling():
+        kept = [row for row in rows_B.tolist() if row != -1]
+        states = 0 if state_BHPN is None else state_BHPN.shape[0]
+        if len(set(kept)) < len(kept) or any(not 0 <= row < states for row in kept):
+            raise ConfigError(f"run ssd_step: rows_B: got {rows_B.tolist()}, expected rows of {states} states, each once, or -1.")
+
+
+def _check_state(op, x, dt, B, state_BHPN, required=False, rows=None):
     if state_BHPN is None and not required:
         return
-    shape = (x.shape[0], dt.shape[-1], x.shape[-1], B.shape[-1])
+    shape = (x.shape[0] if rows is None else rows, dt.shape[-1], x.shape[-1], B.shape[-1])
     dtype = compute_dtype(x.dtype)
     if state_BHPN is None or tuple(state_BHPN.shape) != shape or state_BHPN.dtype != dtype:
         got = "None" if state_BHPN is None else f"{state_BHPN.dtype} {tuple(state_BHPN.shape)}"

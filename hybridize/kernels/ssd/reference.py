@@ -31,3 +31,16 @@ def ssd_reference(x_BTXP, dt_BTH, A_H, B_BTGN, C_BTMN, D_H=None, state_BHPN=None
         y.append((state_BHPN @ C_BHN[..., None]).squeeze(-1))
     y_BTHP = torch.stack(y, dim=1) if tokens else x_BTHP.clone()
     return (y_BTHP if D_H is None else y_BTHP + D_H[:, None] * x_BTHP), state_BHPN
+
+
+def ssd_step_reference(x_BXP, dt_BH, A_H, B_BGN, C_BMN, D_H, state_BHPN, rows_B=None):
+    """Run `hybridize.kernels.ssd.ssd_step`, row by row of the batch and head by head; same arguments and results."""
+    (batch, heads), y_BHP = dt_BH.shape, torch.zeros(*dt_BH.shape, x_BXP.shape[-1], dtype=x_BXP.dtype)
+    for b in range(batch):
+        row = b if rows_B is None else int(rows_B[b])
+        for h in range(heads) if row >= 0 else ():
+            x_P, B_N, C_N = (t[b, h // (heads // t.shape[1])] for t in (x_BXP, B_BGN, C_BMN))
+            decay = torch.exp(dt_BH[b, h] * A_H[h])
+            state_BHPN[row, h] = decay * state_BHPN[row, h] + dt_BH[b, h] * torch.outer(x_P, B_N)
+            y_BHP[b, h] = state_BHPN[row, h] @ C_N + (0 if D_H is None else D_H[h] * x_P)
+    return y_BHP

@@ -274,3 +274,34 @@ def ssd_chunked(x_BTXP, dt_BTH, A_H, B_BTGN, C_BTMN, D_H, state_BHPN, segments_B
             return _ChunkedSSD.apply(*inputs, D_H, state_BHPN, segments_BT, chunk)
         y_BTHP, last, _ = _forward(inputs, D_H, state_BHPN, segments_BT, chunk, False)
     return y_BTHP, last
+
+
+def ssd_step_torch(x_BXP, dt_BH, A_H, B_BGN, C_BMN, D_H, state_BHPN, rows_B):
+    """Run `ssd_step`; arguments and results as there, unchecked."""
+    if rows_B is None:
+        return _step(x_BXP, dt_BH, A_H, B_BGN, C_BMN, D_H, state_BHPN)
+    kept = (rows_B >= 0).nonzero()[:, 0]
+    rows = rows_B[kept]
+    own = state_BHPN[rows]
+    y_BHP = x_BXP.new_zeros(*dt_BH.shape, x_BXP.shape[-1])
+    y_BHP[kept] = _step(x_BXP[kept], dt_BH[kept], A_H, B_BGN[kept], C_BMN[kept], D_H, own)
+    state_BHPN[rows] = own
+    return y_BHP
+
+
+def _step(x_BXP, dt_BH, A_H, B_BGN, C_BMN, D_H, state_BHPN):
+    dtype = state_BHPN.dtype
+    (G, M), heads_per_x = (B_BGN.shape[1], C_BMN.shape[1]), dt_BH.shape[1] // x_BXP.shape[1]
+    dt = dt_BH.to(dtype)
+    x = x_BXP.to(dtype)[:, :, None].expand(-1, -1, heads_per_x, -1).flatten(1, 2)
+    decay = torch.exp(dt * A_H.to(dtype))
+    state_BHPN.mul_(decay[..., None, None])
+    grouped = state_BHPN.unflatten(1, (G, -1))
+    dtx = (x * dt[..., None]).unflatten(1, (G, -1))
+    grouped.addcmul_(dtx[..., None], B_BGN.to(dtype)[:, :, None, None, :])
+    rows = state_BHPN.unflatten(1, (M, -1)).flatten(2, 3)
+    with no_autocast(x):
+        y = torch.matmul(rows, C_BMN.to(dtype)[..., None]).view(x.shape)
+    if D_H is not None:
+        y = y.addcmul_(x, D_H.to(dtype)[:, None])
+    return y.to(x_BXP.dtype)
