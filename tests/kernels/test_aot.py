@@ -25,7 +25,7 @@ SPILLS: dict[tuple[str, int], tuple[int, str]] = {
     ("gdn_input_grads", 80): (336, "squares of 64 x 64 in five layouts; rows for sm_80 are narrower already"),
     ("gdn_channels", 80): (24, "tiles are chosen for sm_90"),
     ("gdn_channel_grads", 80): (16, "tiles are chosen for sm_90"),
-    ("gdn_advance", 80): (16, "with rows and a decay for each channel"),
+    ("gdn_advance", 80): (16, "only with rows"),
     ("gdn_states", 100): (8, "tiles are chosen for sm_90"),
     ("gdn_input_grads", 100): (40, "tiles are chosen for sm_90"),
     ("gdn_channel_grads", 100): (16, "tiles are chosen for sm_90"),
