@@ -22,6 +22,13 @@ SPILLS: dict[tuple[str, int], tuple[int, str]] = {
     ("ssd_backward_reads", 100): (48, SHARED_C),
     ("stream_dkdv", 100): (168, "tiles are chosen for wgmma, 64 queries by 64 keys"),
     ("ssd_backward_writes", 100): (8, "only with documents; with 4 warps 24"),
+    ("gdn_input_grads", 80): (336, "squares of 64 x 64 in five layouts; rows for sm_80 are narrower already"),
+    ("gdn_channels", 80): (24, "tiles are chosen for sm_90"),
+    ("gdn_channel_grads", 80): (16, "tiles are chosen for sm_90"),
+    ("gdn_advance", 80): (16, "only with rows"),
+    ("gdn_states", 100): (8, "tiles are chosen for sm_90"),
+    ("gdn_input_grads", 100): (40, "tiles are chosen for sm_90"),
+    ("gdn_channel_grads", 100): (16, "tiles are chosen for sm_90"),
 }
 
 

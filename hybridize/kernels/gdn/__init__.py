@@ -50,9 +50,10 @@ def gdn(q_BTQN, k_BTGN, v_BTXP, g, beta_BTH, state_BHNP=None, segments_BT=None, 
     Numerics: products, states and decays in fp32 (fp64 for fp64 values), the triangular inverse in fp64, log decays
         summed in fp64; no factor above one. Relative RMS error against the fp64 recurrence, fp32: about 2e-7, gradients
         about 5e-7. With beta = 2 and one key for all tokens nothing dies out, and the rounding of <k, k> adds up: about
-        4e-8 for each token.
-    Cost: O(T L (L + N + P) + T N P) per head for chunks of L; training keeps T/L states per head. Differentiable once, in
-        every floating argument.
+        4e-8 for each token. Triton: products and stored states in the dtype of v (fp32 in three passes of TF32), sums, the
+        running state and the inverse in fp32.
+    Cost: O(T L (L + N + P) + T N P) per head for chunks of L; training keeps T/L states per head
+        (Triton: the inputs alone). Differentiable once, in every floating argument.
     Source: Yang, Kautz, Hatamizadeh, arXiv 2412.06464, eq. 10 and section 3.3; a decay for each channel: arXiv
         2510.26692, eq. 1; own derivation of the backward.
     """
