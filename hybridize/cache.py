@@ -3,6 +3,8 @@
 Entries that forget report the tokens *seen* as their length and call themselves sliding, because transformers sizes masks and
 positions from the first entry that does not. They cannot be rolled back: `crop` raises, `is_croppable` is False, and a model
 that holds one says `_is_stateful`, which keeps assisted decoding away from it. `LatentLayer` forgets nothing.
+
+In a HybridStaticCache (static_cache.py) the same entries are `fixed`: their tensors never move, counts are tensors too.
 """
 
 from typing import Any
@@ -12,10 +14,16 @@ from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer
 
 from hybridize.errors import ConfigError
+from hybridize.static_cache import FixedKeys, FixedLatents, HybridStaticCache, unmoved
 
 
 class ForgetfulLayer(CacheLayerMixin):
-    """What streaming and recurrent entries share: a count of tokens seen, tensors by name, no way back."""
+    """What streaming and recurrent entries share: a count of tokens seen, tensors by name, no way back.
+
+    Attributes:
+        seen: tokens seen, an integer; of a fixed entry an int64 tensor without dimensions once it is filled.
+        capacity: tokens that a fixed entry can hold; None is an entry that grows.
+    """
 
     is_sliding = True
     is_croppable = False
@@ -25,9 +33,35 @@ class ForgetfulLayer(CacheLayerMixin):
 
     def __init__(self, **kwargs: Any):
         super().__init__(**kwargs)
-        self.seen = 0
+        self.seen: Any = 0
+        self.capacity: int | None = None
         for name in self.tensor_names:
             setattr(self, name, None)
+
+    @classmethod
+    def fixed(cls, capacity: int) -> Any:
+        """An entry whose tensors never move, for a text of at most `capacity` tokens."""
+        entry = cls()
+        entry.capacity, entry.is_compileable = capacity, True
+        return entry
+
+    def hold(self, **tensors: Tensor) -> None:
+        """Keep tensors by name. A fixed entry copies each into memory of its own, which it takes the first time."""
+        for name, tensor in tensors.items():
+            own = getattr(self, name)
+            if self.capacity is None:
+                setattr(self, name, tensor)
+            elif own is None:
+                setattr(self, name, unmoved(tensor.detach().clone(memory_format=torch.contiguous_format)))
+            elif own is not tensor:
+                own.copy_(tensor)
+
+    def advance(self, tokens: Tensor) -> None:
+        """Count what was just read, [B, T, ...]."""
+        if self.capacity is not None and not isinstance(self.seen, Tensor):
+            self.seen = unmoved(torch.zeros((), dtype=torch.long, device=tokens.device))
+        self.seen += tokens.shape[1]
+        self.is_initialized = True
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.is_initialized = True
@@ -36,13 +70,16 @@ class ForgetfulLayer(CacheLayerMixin):
         raise ConfigError(f"{type(self).__name__} is filled by its mixer; this model and this cache do not belong together")
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        # Layers that forget read no mask of the library's, but it may be sized for others by the first of them.
+        if self.capacity is not None:
+            return self.capacity if self.is_initialized else query_length, 0
         return self.seen + query_length, 0
 
     def get_seq_length(self) -> int:
         return self.seen
 
     def get_max_length(self) -> int:
-        return -1
+        return -1 if self.capacity is None else self.capacity
 
     def held(self) -> list[Tensor]:
         """The tensors this entry keeps between calls; their bytes are what `state_bytes` promises."""
@@ -50,14 +87,21 @@ class ForgetfulLayer(CacheLayerMixin):
 
     def _apply(self, change: Any) -> None:
         for name in self.tensor_names:
-            if (tensor := getattr(self, name)) is not None:
-                setattr(self, name, change(tensor))
+            if (tensor := getattr(self, name)) is None:
+                continue
+            changed = change(tensor)
+            if self.capacity is not None and changed.shape != tensor.shape:
+                raise ConfigError(f"a static cache of {len(tensor)} rows cannot become one of {len(changed)}. Use a DynamicCache")
+            self.hold(**{name: changed})
 
     def reset(self) -> None:
-        self.seen = 0
         self.is_initialized = False
-        for name in self.tensor_names:
-            setattr(self, name, None)
+        if self.capacity is None:
+            self.seen = 0
+            for name in self.tensor_names:
+                setattr(self, name, None)
+        elif isinstance(self.seen, Tensor):
+            self.seen.zero_()
 
     def crop(self, tokens_to_remove: int) -> None:
         if tokens_to_remove != 0:
@@ -150,7 +194,9 @@ class BranchedLayer(ForgetfulLayer):
         self.parts: dict[type[Any], Any] = {}
 
     def part(self, kind: type[Any]) -> Any:
-        return self.parts.setdefault(kind, kind())
+        if kind not in self.parts:
+            self.parts[kind] = kind() if self.capacity is None else kind.fixed(self.capacity)
+        return self.parts[kind]
 
     def held(self) -> list[Tensor]:
         return [tensor for part in self.parts.values() for tensor in part.held()]
@@ -161,7 +207,8 @@ class BranchedLayer(ForgetfulLayer):
 
     def reset(self) -> None:
         super().reset()
-        self.parts = {}
+        for part in self.parts.values():
+            part.reset()
 
 
 class LatentLayer(DynamicLayer):
@@ -173,6 +220,11 @@ class LatentLayer(DynamicLayer):
     """
 
     positions: Any = None
+
+    @classmethod
+    def fixed(cls, capacity: int) -> FixedLatents:
+        """An entry whose tensors never move, for a text of at most `capacity` tokens."""
+        return FixedLatents(capacity)
 
     def get_seq_length(self) -> int:
         return 0 if self.positions is None else self.positions.shape[1]
@@ -215,18 +267,21 @@ class LatentLayer(DynamicLayer):
         self._select(lambda t: t[indices.to(t.device)])
 
 
-def own_layer(cache: Cache | BranchedLayer, layer_idx: int, kind: type[CacheLayerMixin]) -> Any:
+def own_layer(cache: Cache | BranchedLayer, layer_idx: int, kind: type[Any]) -> Any:
     """The cache entry of a mixer, put in place of transformers' own on first use.
 
     A mixer that is one branch of a layer gets the layer's BranchedLayer for a cache, and its part of it here.
 
     Raises:
-        ConfigError: the cache is of a kind that cannot hold it (static, quantised), or the entry holds other tokens.
+        ConfigError: the cache is of a kind that cannot hold it (the library's static or quantised one), or the entry holds
+            other tokens.
     """
     if isinstance(cache, BranchedLayer):
         return cache.part(kind)
+    if isinstance(cache, HybridStaticCache):
+        return cache.entry(layer_idx, kind)
     if not isinstance(cache, DynamicCache):
-        raise ConfigError(f"got a {type(cache).__name__}, expected a DynamicCache: hybrids have no static or quantised cache")
+        raise ConfigError(f"got a {type(cache).__name__}, expected a DynamicCache or a HybridStaticCache")
     while len(cache.layers) <= layer_idx:
         cache.layers.append(DynamicLayer())
     entry: Any = cache.layers[layer_idx]
@@ -241,7 +296,7 @@ def cache_bytes(cache: Cache) -> int:
     """Bytes of every tensor a cache holds, summed over layers and batch."""
     total = 0
     for entry in cache.layers:
-        if isinstance(entry, ForgetfulLayer | LatentLayer):
+        if isinstance(entry, ForgetfulLayer | LatentLayer | FixedKeys):
             tensors = entry.held()
         else:
             tensors = [t for t in (getattr(entry, "keys", None), getattr(entry, "values", None)) if isinstance(t, torch.Tensor)]

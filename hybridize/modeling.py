@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 from transformers import initialization as init
 from transformers.cache_utils import DynamicCache
-from transformers.masking_utils import find_packed_sequence_indices
+from transformers.masking_utils import create_masks_for_generate, find_packed_sequence_indices
 from transformers.models.llama.configuration_llama import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaForCausalLM, LlamaModel
 from transformers.models.mistral.configuration_mistral import MistralConfig
@@ -31,6 +31,7 @@ from hybridize.families import NATIVE_TYPES
 from hybridize.mixers import MIXERS
 from hybridize.mixers.attention import Attention
 from hybridize.mixers.memory import Memories, check_reads, read_layers
+from hybridize.static_cache import HybridStaticCache
 
 # Kept in fp32 whatever the model's dtype: a decay rounded to bf16 is another half-life.
 FP32_PARAMETERS = ["A_log", "dt_bias", "D"]
@@ -92,9 +93,13 @@ class HybridModelMixin:
         reads another one's memory: `memories`, a place that lives for this pass.
 
         Raises:
-            ConfigError: a mask that is not [B, tokens], right padding together with a cache, or a way of checkpointing
-                gradients that would lose those of memories.
+            ConfigError: a mask that is not [B, tokens], right padding together with a cache, a static cache that is full, or a
+                way of checkpointing gradients that would lose those of memories.
         """
+        tokens = input_ids if input_ids is not None else inputs_embeds
+        static = isinstance(past_key_values, HybridStaticCache)
+        if static and not torch.compiler.is_compiling():
+            past_key_values.take(tokens.shape[1], tokens.shape[0])
         if self.read_layers:
             self._check_checkpointing()
             kwargs["memories"] = Memories(self.read_layers)
@@ -103,12 +108,13 @@ class HybridModelMixin:
                 input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids,
                 past_key_values=past_key_values, inputs_embeds=inputs_embeds, use_cache=use_cache, **kwargs,
             )  # fmt: skip
-        tokens = input_ids if input_ids is not None else inputs_embeds
         use_cache = self.config.use_cache if use_cache is None else use_cache
         if use_cache and past_key_values is None and not (self.training and self.gradient_checkpointing):
             past_key_values = DynamicCache(config=self.config)
         padding_mask = None
-        if isinstance(attention_mask, Tensor):
+        # Behind a cache a single token is never padding; looking would stop a device, and break a graph.
+        step = past_key_values is not None and tokens.shape[1] == 1 and (static or torch.compiler.is_compiling())
+        if isinstance(attention_mask, Tensor) and not step:
             if attention_mask.dim() != 2:
                 raise ConfigError(
                     f"attention_mask has shape {tuple(attention_mask.shape)}, expected [batch, tokens] with 0 on padding: "
@@ -156,6 +162,21 @@ class HybridCausalMixin:
         # Recurrent and streaming states cannot be rolled back; this keeps assisted decoding away.
         self._is_stateful = self.model.forgets
         self.post_init()
+
+    def _prepare_static_cache(self, cache_implementation: str, batch_size: int, max_cache_len: int, **unused: Any) -> Any:
+        """What `generate(cache_implementation="static")` makes its cache with."""
+        if cache_implementation != "static":
+            raise ConfigError(
+                f"cache_implementation is {cache_implementation!r}, expected 'static' or None: hybrids have no other"
+            )
+        return HybridStaticCache(self.config, max_cache_len)
+
+    @staticmethod
+    def create_masks_for_generate(attention_mask: Any, inputs_embeds: Tensor, **arguments: Any) -> Any:
+        """Masks that `generate` makes before it calls a static cache's model: of fixed size for a step, the prompt's as it is."""
+        if inputs_embeds.shape[1] > 1:
+            return attention_mask
+        return create_masks_for_generate(attention_mask=attention_mask, inputs_embeds=inputs_embeds, **arguments)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

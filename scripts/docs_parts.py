@@ -224,7 +224,8 @@ def kernels() -> str:
     for spec in specs():
         rows.append([
             f"[{spec.name}](api.md#hybridize.kernels.{spec.op}.{spec.name})", ", ".join(map(code, spec.impls)) or "none",
-            "yes" if spec.grads else "no", ", ".join(map(code, spec.in_place)) or "nothing", ", ".join(spec.anchors) or "PyTorch alone",
+            "yes" if spec.grads else "no", ", ".join(map(code, spec.in_place)) or "nothing",
+            ", ".join(spec.anchors) or "PyTorch alone",
         ])  # fmt: skip
     return table(rows)
 

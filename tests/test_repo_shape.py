@@ -18,8 +18,8 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "hybridize"
 RANK = {
     "errors": 0, "redact": 0, "version": 0,
-    "core": 1, "registry": 1, "families": 1, "cache": 1, "kernels": 1, "storage": 1,
-    "mixers": 2, "config": 2,
+    "static_cache": 0.5, "core": 1, "registry": 1, "families": 1, "cache": 1, "kernels": 1, "storage": 1,
+    "mixers": 2, "config": 2, "graphs": 2,
     "shards": 2, "modeling": 3, "untrusted": 3.3, "companions": 3.5, "lineage": 3.6, "remote": 3.8,
     "checkpoint": 4, "capture": 4, "data": 4, "fingerprint": 4.2, "vllm_plugin": 4.4, "native": 4.5,
     "conversions": 5, "distill": 5, "eval": 5, "hub": 5, "recipe": 5, "talk": 5,

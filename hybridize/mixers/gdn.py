@@ -149,13 +149,13 @@ class DeltaMixer(nn.Module):
         """What the last projection reads: the normed, gated mixture, [B, T, H * P]. Arguments as in `forward`."""
         new = hidden_states.shape[1]
         qkv = self.qkv(hidden_states)
-        past = entry if entry is not None and entry.seen > 0 else None
+        past = entry if entry is not None and entry.is_initialized else None
         if past is not None:
             past.conv, past.state = past.conv.to(qkv), past.state.to(qkv.device)
             if new == 1 and padding_mask is None:
                 out = self.one_launch(hidden_states, qkv, past)
                 if out is not None:
-                    past.seen += 1
+                    past.advance(hidden_states)
                     return out
         g = self.log_decay(hidden_states)
         beta = self.options.beta_max * torch.sigmoid(self.beta_logits(hidden_states).to(g.dtype))
@@ -173,10 +173,9 @@ class DeltaMixer(nn.Module):
             q, k, v = self._heads(qkv, position_embeddings)
             y, state = gdn(q, k, v, g, beta, None if past is None else past.state, segment_ids)
             if entry is not None:
-                entry.conv, entry.state = conv.detach(), state.detach()
+                entry.hold(conv=conv.detach(), state=state.detach())
         if entry is not None:
-            entry.seen += new
-            entry.is_initialized = True
+            entry.advance(hidden_states)
         return self.gated(y.to(hidden_states.dtype), hidden_states).flatten(2)
 
     def one_launch(self, u: Tensor, qkv: Tensor, past: RecurrentLayer) -> Tensor | None:

@@ -195,14 +195,14 @@ class GatedLinearAttention(WindowedAttention):
         if self.options.normalise:
             # One more value, which is one: what is read of it is the sum of the weights.
             v = F.pad(v, (0, 1), value=1.0)
-        if entry is not None and entry.seen > 0 and hidden_states.shape[1] == 1:
+        if entry is not None and entry.is_initialized and hidden_states.shape[1] == 1:
             entry.state = entry.state.to(v.device)
             y = gla_step(q[:, 0], k[:, 0], v[:, 0], log_decay[:, 0], entry.state)[:, None]
         else:
-            past = entry.state if entry is not None and entry.seen > 0 else None
+            past = entry.state if entry is not None and entry.is_initialized else None
             y, state = gla(q, k, v, log_decay, past, segment_ids)
             if entry is not None:
-                entry.state = state.detach()
+                entry.hold(state=state.detach())
         if self.options.normalise:
             y = y[..., :-1] / y[..., -1:].clamp(min=SMALLEST_SUM)
         return y

@@ -95,9 +95,7 @@ class GatedMemoryUnit(nn.Module):
         if memories is None:
             raise ConfigError(f"layer {self.layer_idx}: got no memories, expected that of layer {self.reads}")
         if past_key_values is not None:
-            entry = own_layer(past_key_values, self.layer_idx, StatelessLayer)
-            entry.seen += hidden_states.shape[1]
-            entry.is_initialized = True
+            own_layer(past_key_values, self.layer_idx, StatelessLayer).advance(hidden_states)
         return self.out_proj(self.context(hidden_states, memories.take(self.reads))), None
 
     def context(self, hidden_states: Tensor, memory: Tensor) -> Tensor:

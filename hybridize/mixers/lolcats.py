@@ -100,21 +100,27 @@ class LoLCATsAttention(WindowedAttention):
         """What o_proj reads, [B, T, H * d]. Arguments as in `forward`."""
         q, k, v = self.project(hidden_states, position_embeddings)
         new, real = k.shape[2], padding_mask
-        if entry is not None and entry.seen > 0:
+        if entry is not None and entry.is_initialized:
             keys, values = torch.cat([entry.keys.to(k), k], dim=2), torch.cat([entry.values.to(v), v], dim=2)
             real = self._real(entry, keys.shape[2] - new, padding_mask, k)
         else:
             keys, values = k, v
-        state = None if entry is None else entry.state
+        state = None if entry is None or not entry.is_initialized else entry.state
         # A score rounded to bf16 is another weight: all sums under the normaliser are fp32, whatever the autocast.
         with torch.autocast(q.device.type, enabled=False):
             far, state = self.beyond(q, keys, values, state, real, segment_ids, decode=entry is not None)
             near = self.inside(q, keys, values, real, segment_ids)
             y = self.join(near, far, torch.sigmoid(self.window_factors.to(near)))
         if entry is not None:
+            # Of a fixed size: a window that padding fills, and sums of nothing.
+            missing = 0 if entry.capacity is None else max(0, self.window - keys.shape[2])
+            if state is None and entry.capacity is not None:
+                state = y.new_zeros(*y.shape[:2], 2 * self.feature_map_k.shape[2], y.shape[3] + 1)
             # Copied, so that the entry holds no more than the window.
-            entry.keys, entry.values = keys[:, :, -self.window :].contiguous(), values[:, :, -self.window :].contiguous()
-            entry.state = None if state is None else state.detach()
+            keys, values = (F.pad(t[:, :, -self.window :], (0, 0, missing, 0)).contiguous() for t in (keys, values))
+            entry.hold(keys=keys, values=values)
+            if state is not None and state is not entry.state:
+                entry.hold(state=state.detach())
         return y.transpose(1, 2).flatten(2).to(hidden_states.dtype)
 
     def join(self, near: Tensor, far: Tensor | None, gamma: Tensor) -> Tensor:
@@ -140,7 +146,7 @@ class LoLCATsAttention(WindowedAttention):
         if entry.pads is None and padding is None:
             return None
         pads = 0 if entry.pads is None else entry.pads.to(k.device)[:, None]
-        place = torch.arange(entry.seen - held, entry.seen, device=k.device)[None].expand(k.shape[0], -1)
+        place = (torch.arange(held, device=k.device) + (entry.seen - held))[None].expand(k.shape[0], -1)
         new = torch.ones(k.shape[0], k.shape[2], dtype=torch.bool, device=k.device) if padding is None else padding
         return torch.cat([place >= pads, new], dim=1)
 

@@ -146,23 +146,28 @@ class LatentAttention(nn.Module):
             return keys, values, angles, angles
         if positions is None:
             raise ConfigError(f"layer {self.layer_idx} got a cache and no position_ids; call the model, or hand the positions on")
+        # Made in the first call, so that a compiled step finds it.
+        self._embedding(like)
         new = keys.shape[2]
         keys, values, places = own_layer(cache, self.layer_idx, LatentLayer).extend(keys, values, positions)
         if places.shape[1] == new:
             return keys, values, angles, angles
-        # Queries take theirs from the same place, so that both are rotated alike whatever the model was cast to.
-        cos, sin = self._angles(like, places)
-        return keys, values, (cos[:, -new:], sin[:, -new:]), (cos, sin)
+        # Queries have theirs from the same module, so that both are rotated alike whatever the model was cast to.
+        return keys, values, self._angles(like, positions), self._angles(like, places)
 
     def _norm(self, name: str, heads: Tensor) -> Tensor:
         return getattr(self, name)(heads) if hasattr(self, name) else heads
 
     def _angles(self, like: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         """cos and sin [B, S, d] of all tokens, by the family's own rotary embedding and its scaling."""
+        return self._embedding(like)(like, positions)
+
+    def _embedding(self, like: Tensor) -> Any:
         if not self._rotary:
             with torch.device(like.device):
                 self._rotary.append(family_of(self.config).rotary(self.config))
-        return self._rotary[0].to(like.device)(like, positions)
+        rotary = self._rotary[0]
+        return rotary if rotary.inv_freq.device == like.device else rotary.to(like.device)
 
     def _mask(self, mask: Any, new: int, total: int, q: Tensor) -> Tensor | None:
         """The mask for scaled_dot_product_attention; None is causal over equal lengths, or one token that sees all."""
@@ -189,10 +194,11 @@ class LatentAttention(nn.Module):
     def _attend_one(self, q: Tensor, k: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
         """[B, H, 1, r] for one new token: each group's latents are read once for all its heads, and never copied."""
         grouped = q.view(q.shape[0], self.kv_heads, -1, self.width) * self.width**-0.5
-        scores = (grouped @ k.transpose(2, 3)).view(q.shape[0], self.num_heads, 1, -1).float()
+        scores = (grouped @ k.transpose(2, 3)).view(q.shape[0], self.num_heads, 1, -1)
+        scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
         if mask is not None:
             # A finite floor: a row that sees nothing (padding) becomes an average instead of not-a-number.
-            scores = scores.masked_fill(~mask, torch.finfo(torch.float32).min) if mask.dtype == torch.bool else scores + mask
+            scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min) if mask.dtype == torch.bool else scores + mask
         weights = scores.softmax(dim=-1).to(values.dtype)
         return (weights.view(q.shape[0], values.shape[1], -1, scores.shape[-1]) @ values).view(*q.shape[:3], -1)
 

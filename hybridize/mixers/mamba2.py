@@ -183,11 +183,11 @@ class Mamba2Mixer(nn.Module):
         batch, new, _ = hidden_states.shape
         z, xBC, dt = self.in_proj(hidden_states).split([self.inner, self.inner + 2 * self.grouped, self.num_heads], dim=-1)
         readers = memories if memories is not None and memories.wants(self.layer_idx) else None
-        past = entry if entry is not None and entry.seen > 0 else None
+        past = entry if entry is not None and entry.is_initialized else None
         if past is not None and new == 1 and padding_mask is None and readers is None:
             out = self._one_launch(z, xBC, dt, past)
             if out is not None:
-                past.seen += 1
+                past.advance(hidden_states)
                 return out
         dt = F.softplus(dt.float() + self.dt_bias.float())
         if padding_mask is not None:
@@ -205,10 +205,9 @@ class Mamba2Mixer(nn.Module):
             x, b, c = self._heads(xBC)
             y, state = ssd(x, dt, A, b, c, self.D, None if past is None else past.state, segment_ids)
             if entry is not None:
-                entry.conv, entry.state = conv.detach(), state.detach()
+                entry.hold(conv=conv.detach(), state=state.detach())
         if entry is not None:
-            entry.seen += new
-            entry.is_initialized = True
+            entry.advance(hidden_states)
         y = y.reshape(batch, new, self.inner)
         if readers is not None:
             readers.leave(self.layer_idx, self.norm.ungated(y))

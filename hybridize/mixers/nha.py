@@ -240,7 +240,7 @@ class NativeHybridAttention(WindowedAttention):
         scan = SlotScan(self.slot_gates(hidden_states, padding_mask), segment_ids)
         keys = torch.zeros(q.shape[0], self.num_groups, self.slots, self.head_dim, dtype=wide, device=q.device)
         values = keys.new_zeros(*keys.shape[:3], v.shape[-1])
-        if entry is not None and entry.seen > 0:
+        if entry is not None and entry.is_initialized:
             keys, values = entry.slot_keys.to(keys), entry.slot_values.to(keys)
         grouped = q.unflatten(1, (self.num_groups, -1)).to(wide)
         scores, keys = scan.scores(grouped, k.to(wide), keys)
@@ -250,7 +250,7 @@ class NativeHybridAttention(WindowedAttention):
         out, weights = out.split([v.shape[-1], self.slots], -1)
         read, values = scan.read(weights.unflatten(1, (self.num_groups, -1)), v.to(wide), values)
         if entry is not None:
-            entry.slot_keys, entry.slot_values = keys.detach(), values.detach()
+            entry.hold(slot_keys=keys.detach(), slot_values=values.detach())
         return (out + read.flatten(1, 2)).to(q.dtype)
 
     def slot_gates(self, hidden_states: Tensor, padding_mask: Tensor | None = None) -> Tensor:

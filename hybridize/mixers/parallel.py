@@ -90,6 +90,5 @@ class ParallelMixer(WindowedAttention):
         near = super().forward(hidden_states, position_embeddings, **common)[0]
         far = self.recurrent(hidden_states, position_embeddings=position_embeddings, **common)[0]
         if entry is not None:
-            entry.seen += hidden_states.shape[1]
-            entry.is_initialized = True
+            entry.advance(hidden_states)
         return self.attention_scale * near + self.recurrent_scale * far, None

@@ -17,6 +17,7 @@ from hybridize.cache import LeavingWindowLayer, SinkWindowLayer, own_layer
 from hybridize.families import family_of, head_dim
 from hybridize.kernels.stream_attn import stream_attn, stream_attn_step
 from hybridize.kernels.stream_attn.torch_impl import block_attention
+from hybridize.mixers.ring import Ring
 
 
 def _at_most(value: Any, limit: int) -> Any:
@@ -186,7 +187,7 @@ class WindowedAttention(nn.Module):
         Args:
             hidden_states: [B, T, D].
             position_embeddings: cos and sin, [B, T, d].
-            past_key_values: a DynamicCache or None.
+            past_key_values: a DynamicCache, a HybridStaticCache or None.
             padding_mask: [B, T] bool, False on left padding; None is no padding.
             segment_ids: [B, T] int, documents of a packed row; None is one document. Not with a cache.
             **unused: what other attention modules read, such as the 4-D mask.
@@ -198,9 +199,11 @@ class WindowedAttention(nn.Module):
         out = self.context(hidden_states, position_embeddings, entry, padding_mask, segment_ids)
         if entry is not None:
             if padding_mask is not None:
-                entry.pads = (0 if entry.pads is None else entry.pads) + (~padding_mask).sum(dim=1)
-            entry.seen += hidden_states.shape[1]
-            entry.is_initialized = True
+                pads = entry.pads if entry.is_initialized and entry.pads is not None else 0
+                entry.hold(pads=pads + (~padding_mask).sum(dim=1))
+            elif entry.capacity is not None and not entry.is_initialized:
+                entry.hold(pads=torch.zeros(hidden_states.shape[0], dtype=torch.long, device=hidden_states.device))
+            entry.advance(hidden_states)
         return self.o_proj(out), None
 
     def context(
@@ -239,7 +242,9 @@ class WindowedAttention(nn.Module):
         """As `attend`, over a reach and with the entry's tensors of that prefix."""
         if entry is None:
             return self._fresh(reach, q, k, v, padding, segments)
-        if entry.seen == 0:
+        if entry.capacity is not None:
+            return self._in_ring(prefix, Ring(reach, entry.capacity), q, k, v, entry, padding)
+        if not entry.is_initialized:
             out = self._fresh(reach, q, k, v, padding, segments)
             held = self._first(reach, k, v, padding)
         else:
@@ -254,6 +259,10 @@ class WindowedAttention(nn.Module):
             q, k, v, attn_mask=allowed, dropout_p=self.dropout if self.training else 0.0, is_causal=causal,
             scale=self.head_dim**-0.5, enable_gqa=True,
         )  # fmt: skip
+
+    def _steps(self) -> bool:
+        """Whether `stream_attn_step` may attend for one token."""
+        return self.plain_softmax and not torch.is_grad_enabled() and not (self.training and self.dropout)
 
     def _fresh(self, reach: Reach, q: Tensor, k: Tensor, v: Tensor, padding: Tensor | None, segments: Tensor | None) -> Tensor:
         """No past. Padding is a document of its own."""
@@ -278,16 +287,20 @@ class WindowedAttention(nn.Module):
         new = k.shape[2]
         if padding is not None:
             place = torch.where(padding, padding.cumsum(dim=1) - 1, -1)
-            return self._kept(reach, k, v, place, padding.sum(dim=1))
+            return self._kept(reach, k, v, place, padding.sum(dim=1), new)
         if reach.slots(new) == new:
             return k.contiguous(), v.contiguous()
         # Without padding every row is alike: one index serves all.
         keep = reach.places(torch.tensor([new], device=k.device), reach.slots(new))[0]
         return k.index_select(2, keep), v.index_select(2, keep)
 
-    def _kept(self, reach: Reach, k: Tensor, v: Tensor, place: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
-        """Of `k`, `v` [B, G, S, d] of the tokens at `place` [B, S] (-1: not a token), what `count` [B] tokens leave behind."""
-        longest = int(count.max())
+    def _kept(
+        self, reach: Reach, k: Tensor, v: Tensor, place: Tensor, count: Tensor, longest: int
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """Of `k`, `v` [B, G, S, d] of the tokens at `place` [B, S] (-1: not a token), what `count` [B] tokens leave behind.
+
+        `longest` is a bound of the counts; asking the counts themselves would stop the device.
+        """
         wanted = reach.places(count, reach.slots(longest))
         # Column 0 is for what is no token: padding is written there, and empty slots read it.
         column = torch.zeros(place.shape[0], longest + 1, dtype=torch.long, device=k.device)
@@ -306,9 +319,10 @@ class WindowedAttention(nn.Module):
                 keys, values = torch.cat([keys, k], 2), torch.cat([values, v], 2)
             else:
                 # Overwrite the token that just left the window, in place.
-                slot = reach.slot(leaving)
-                keys[:, :, slot], values[:, :, slot] = k[:, :, 0], v[:, :, 0]
-            if self.plain_softmax and not torch.is_grad_enabled() and not (self.training and self.dropout):
+                slot = torch.full((1,), reach.slot(leaving), device=k.device)
+                keys.index_copy_(2, slot, k)
+                values.index_copy_(2, slot, v)
+            if self._steps():
                 return stream_attn_step(q[:, :, 0], keys, values, scale=self.head_dim**-0.5)[:, :, None], (keys, values)
             return self._sdpa(q, keys, values, None), (keys, values)
         batch = q.shape[0]
@@ -318,10 +332,42 @@ class WindowedAttention(nn.Module):
         place_new = torch.where(real, before[:, None] + real.cumsum(dim=1) - 1, -1)
         place = torch.cat([reach.places(before, keys.shape[2]), place_new], dim=1)
         k, v = torch.cat([keys, k], 2), torch.cat([values, v], 2)
-        distance = place_new[:, :, None] - place[:, None, :]
+        return self._among(reach, q, k, v, place, real), self._kept(
+            reach, k, v, place, before + real.sum(dim=1), entry.seen + new
+        )
+
+    def _among(self, reach: Reach, q: Tensor, k: Tensor, v: Tensor, place: Tensor, real: Tensor) -> Tensor:
+        """Queries [B, H, T, d], of which `real` [B, T] are no padding, over tokens at `place` [B, S], the last T their own."""
+        new = q.shape[2]
+        distance = place[:, -new:, None] - place[:, None, :]
         allowed = (place >= 0)[:, None] & (distance >= 0) & ((distance < reach.window) | reach.lasts(place)[:, None])
         # A padded query sees itself alone, so that its (unused) row is not a softmax over nothing.
         itself = torch.zeros_like(allowed)
         itself[:, torch.arange(new), torch.arange(new) + place.shape[1] - new] = True
-        out = self._sdpa(q, k, v, (allowed | (itself & ~real[:, :, None]))[:, None])
-        return out, self._kept(reach, k, v, place, before + real.sum(dim=1))
+        return self._sdpa(q, k, v, (allowed | (itself & ~real[:, :, None]))[:, None])
+
+    def _in_ring(
+        self, prefix: str, ring: Ring, q: Tensor, k: Tensor, v: Tensor, entry: Any, padding: Tensor | None
+    ) -> Tensor:  # fmt: skip
+        """As `attend_part`, with an entry of fixed size."""
+        batch, new = q.shape[0], q.shape[2]
+        named = {f"{prefix}keys": k, f"{prefix}values": v}
+        if not entry.is_initialized and getattr(entry, f"{prefix}keys") is None:
+            entry.hold(**{name: t.new_zeros(batch, t.shape[1], ring.slots, t.shape[3]) for name, t in named.items()})
+        pairs = [(getattr(entry, name), fresh) for name, fresh in named.items()]
+        (keys, _), (values, _) = pairs
+        if not entry.is_initialized:
+            ring.write(pairs, torch.zeros(batch, dtype=torch.long, device=q.device), padding)
+            return self._fresh(ring.reach, q, k, v, padding, None)
+        before = entry.seen - entry.pads
+        if new == 1 and padding is None:
+            ring.write(pairs, before, None)
+            if ring.in_order and self._steps():
+                counts = (before + 1).clamp(max=ring.slots)
+                return stream_attn_step(q[:, :, 0], keys, values, counts, scale=self.head_dim**-0.5)[:, :, None]
+            return self._sdpa(q, keys, values, (ring.read(before + 1) >= 0)[:, None, None])
+        real = torch.ones(batch, new, dtype=torch.bool, device=q.device) if padding is None else padding
+        place = torch.cat([ring.read(before), torch.where(real, before[:, None] + real.cumsum(dim=1) - 1, -1)], dim=1)
+        out = self._among(ring.reach, q, torch.cat([keys, k], 2), torch.cat([values, v], 2), place, real)
+        ring.write(pairs, before, padding)
+        return out

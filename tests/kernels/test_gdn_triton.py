@@ -53,6 +53,21 @@ def test_a_state_in_pieces_is_refused():
         gdn_step(**inputs, impl="triton")
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("channels", [1, 16])
+def test_ops_are_what_they_tell_a_compiler(channels):
+    """Shapes, dtypes, and that nothing is written or shared but the state."""
+    sizes = SMALL | {"T": 5, "N": 16, "C": channels}
+    inputs = inputs_of(**sizes)
+    ops, checks = torch.ops.hybridize, {"test_utils": ("test_schema", "test_faketensor")}
+    gdn(**inputs, impl="triton")  # defines them
+    dy, dlast = torch.randn(1, 5, 2, 16), torch.randn(1, 2, 16, 16)
+    torch.library.opcheck(ops.gdn_forward.default, tuple(inputs.values()), **checks)
+    torch.library.opcheck(ops.gdn_backward.default, (*inputs.values(), dy, dlast), **checks)
+    token = specs(["gdn_step"])[0].make_inputs(sizes | {"B": 3, "rows": 1}, torch.float32, "cpu", 0)
+    torch.library.opcheck(ops.gdn_step.default, tuple(token.values()), **checks)
+
+
 def test_flash_linear_attention_says_that_it_is_not_there():
     with pytest.raises(ConfigError, match="fla is not installed|expected cuda"):
         gdn(**inputs_of(T=2), impl="fla")

@@ -20,7 +20,12 @@ def specs_of(name):
 
 
 def config_of(family, specs):
-    fields = {**SIZES, "dtype": "float32", **({"sliding_window": None} if family == "mistral" else {})}
+    fields = {
+        **SIZES,
+        "num_hidden_layers": len(specs),
+        "dtype": "float32",
+        **({"sliding_window": None} if family == "mistral" else {}),
+    }
     return hybrid_config(AutoConfig.for_model(family, **fields), specs)
 
 

@@ -271,7 +271,11 @@ GDN_STEP = OpSpec(
         Case("rows", SMALL | {"B": 3, "rows": 1}),
     ),
     shapes=tuple(Case(f"llama8b_b{batch}", {"B": batch, **LLAMA}) for batch in (1, 8, 64))
-    + (Case("dims_80_96_b8", {"B": 8, **LLAMA, "N": 80, "P": 96}), Case("channels_b8", {"B": 8, **LLAMA, "C": 128}), Case("rows_b8", {"B": 8, **LLAMA, "rows": 1})),
+    + (
+        Case("dims_80_96_b8", {"B": 8, **LLAMA, "N": 80, "P": 96}),
+        Case("channels_b8", {"B": 8, **LLAMA, "C": 128}),
+        Case("rows_b8", {"B": 8, **LLAMA, "rows": 1}),
+    ),
     cpu_shapes=(Case("b2_h8", {"B": 2, "Q": 8, "G": 2, "X": 2, "H": 8, "N": 64, "P": 64}),),
     in_place=("state_BHNP",),
     tiles={"gdn_advance": {"COLUMNS": 16}},

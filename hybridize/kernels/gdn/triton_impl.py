@@ -232,7 +232,7 @@ def _backward(
             q, k, beta, c.gates, segments, c.states, c.errors, dstates, dv, dy, dq, dk, dscalars, *sizes,
             *_by_token(q), *_by_token(k), *beta.stride(), *_documents(segments), **options,
         )  # fmt: skip
-        dg, dbeta = dscalars.sum(0)
+        dg, dbeta = dscalars[:, 0].sum(0), dscalars[:, 1].sum(0)
     else:
         options = s.tiles("gdn_channel_grads")
         parts = cdiv(s.N, options["SLICE"])

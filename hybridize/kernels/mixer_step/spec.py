@@ -70,7 +70,7 @@ def _mamba2_prefill(one, many):
     xBC, conv = causal_conv1d(many["xBC_BC"], one["weight_CK"], one["bias_C"], one["conv_BCK1"], impl="torch")
     x, B, C = (t.unflatten(-1, (-1, 16)) for t in xBC.split([16, 16, 32], dim=-1))
     dt = torch.nn.functional.softplus(many["dt_BH"] + one["dt_bias_H"])
-    y, state = ssd(x, dt, -torch.exp(one["A_log_H"].to(one["z_BI"])), B, C, one["D_H"], one["state_BHPN"])
+    y, state = ssd(x, dt, -torch.exp(one["A_log_H"].to(one["z_BI"])), B, C, one["D_H"], one["state_BHPN"], impl="torch")
     return gated_rms_norm(y.flatten(2), many["z_BI"], one["norm_I"], one["eps"], 16, impl="torch"), conv, state
 
 
@@ -79,7 +79,7 @@ def _gdn_prefill(one, many):
     q, k, v = (t.unflatten(-1, (-1, 16)) for t in qkv.split([32, 16, 16], dim=-1))
     q, k = (t * torch.rsqrt(t.square().sum(-1, keepdim=True) + L2_EPS) for t in (q, k))
     g = -torch.exp(one["A_log_H"].to(one["z_BI"])) * torch.nn.functional.softplus(many["a_BH"] + one["dt_bias_H"])
-    y, state = gdn(q / 4, k, v, g, torch.sigmoid(many["b_BH"]), one["state_BHNP"])
+    y, state = gdn(q / 4, k, v, g, torch.sigmoid(many["b_BH"]), one["state_BHNP"], impl="torch")
     z = many["z_BI"].unflatten(-1, (-1, 16))
     return gated_rms_norm(y, z, one["norm_P"], one["eps"], 16, gate_first=False, impl="torch").flatten(2), conv, state
 

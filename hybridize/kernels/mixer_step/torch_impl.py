@@ -24,7 +24,7 @@ def mamba2_composed(
     x, B, C = xBC_BC.split([groups * P, groups * N, heads * N], dim=-1)
     x, B, C = x.unflatten(-1, (groups, P)), B.unflatten(-1, (groups, N)), C.unflatten(-1, (heads, N))
     dt = F.softplus(dt_BH.to(dtype) + dt_bias_H.to(dtype))
-    y = ssd_step(x, dt, -torch.exp(A_log_H.to(dtype)), B, C, D_H, state_BHPN)
+    y = ssd_step(x, dt, -torch.exp(A_log_H.to(dtype)), B, C, D_H, state_BHPN, impl=impl)
     return gated_rms_norm(y.flatten(1), z_BI, norm_I, eps, P, impl=impl)
 
 
@@ -40,6 +40,6 @@ def gdn_composed(
     q, k, v = q.unflatten(-1, (heads, N)), k.unflatten(-1, (groups, N)), v.unflatten(-1, (groups, P))
     q, k = (t * torch.rsqrt(t.square().sum(-1, keepdim=True) + L2_EPS) for t in (q, k))
     g = -torch.exp(A_log_H.to(dtype)) * F.softplus(a_BH.to(dtype) + dt_bias_H.to(dtype))
-    y = gdn_step(q * N**-0.5, k, v, g, beta_max * torch.sigmoid(b_BH.to(dtype)), state_BHNP)
+    y = gdn_step(q * N**-0.5, k, v, g, beta_max * torch.sigmoid(b_BH.to(dtype)), state_BHNP, impl=impl)
     z = z_BI.unflatten(-1, (heads, P))
     return gated_rms_norm(y.to(qkv_BC.dtype), z, norm_P, eps, P, gate_first=False, impl=impl).flatten(1)

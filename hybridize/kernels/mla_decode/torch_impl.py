@@ -21,8 +21,12 @@ def mla_decode_torch(q_latent_BHR, q_rope_BHE, latent_BSR, rope_BSE, starts_B, l
     scores = scores * scale
     if seen is not None:
         scores = scores.masked_fill(~seen[:, None], -torch.inf)
-    lse = scores.logsumexp(-1)
-    weights = (scores - lse.masked_fill(lse == -torch.inf, 0.0)[..., None]).exp()
+    # One exponential an element; a row without tokens has no softmax.
+    top, place = scores.max(-1, keepdim=True)
+    weights = scores.softmax(-1)
+    lse = (top - weights.gather(-1, place).log()).masked_fill(top == -torch.inf, -torch.inf).squeeze(-1)
+    if seen is not None:
+        weights = weights.masked_fill(~seen[:, None], 0.0)
     return (weights @ latent).to(q_rope_BHE.dtype), lse
 
 

@@ -258,15 +258,15 @@ def ssd_backward_decays(
     A, words, parts, sums, through, ddt, dA, tokens, padded, heads, parts_of_sums, tiles_of_state,
     L: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """ddt [B, T, H], and dA[b, h, chunk] of each chunk. Grid: (chunks, batch * heads)."""
-    bh = tl.cast(tl.program_id(1), tl.int64)
+    """ddt [B, T, H], and dA[b, h, chunk] of each chunk. Grid: (batch * heads, chunks)."""
+    bh = tl.cast(tl.program_id(0), tl.int64)
     batch, h = bh // heads, bh % heads
-    start = tl.program_id(0) * L
+    start = tl.program_id(1) * L
     token = tl.arange(0, L)
     direct = tl.zeros((L,), dtype=tl.float32)
     out = tl.zeros((L,), dtype=tl.float32)
     for part in range(0, parts_of_sums):
-        own = sums + (part * tl.cast(tl.num_programs(1), tl.int64) + bh) * 2 * padded + start + token
+        own = sums + (part * tl.cast(tl.num_programs(0), tl.int64) + bh) * 2 * padded + start + token
         direct += tl.load(own)
         out += tl.load(own + padded - 1, mask=token > 0, other=0.0)
     # The sum over earlier tokens: token t has read that of t - 1.
@@ -275,14 +275,14 @@ def ssd_backward_decays(
         at = parts + (bh * (L // ROWS) + row) * padded + start + token
         dlog += tl.load(at, mask=token // ROWS <= row, other=0.0)
     for tile in range(0, tiles_of_state):
-        chunk = (tile * tl.cast(tl.num_programs(1), tl.int64) + bh) * tl.num_programs(0) + tl.program_id(0)
+        chunk = (tile * tl.cast(tl.num_programs(0), tl.int64) + bh) * tl.num_programs(1) + tl.program_id(1)
         dlog += tl.load(through + chunk)
     step = tl.load(words + bh * 3 * padded + 2 * padded + start + token)
     valid = start + token < tokens
     grad = direct + tl.load(A + h).to(tl.float32) * dlog
     tl.store(ddt + (batch * tokens + start + token) * heads + h, grad.to(ddt.dtype.element_ty), mask=valid)
     # Behind the last token dt is 0.
-    tl.store(dA + bh * tl.num_programs(0) + tl.program_id(0), tl.sum(dlog * step, axis=0))
+    tl.store(dA + bh * tl.num_programs(1) + tl.program_id(1), tl.sum(dlog * step, axis=0))
 
 
 def backward(dy, dlast, x, dt, A, B, C, D, segments, states, wants_first):
@@ -337,7 +337,7 @@ def backward(dy, dlast, x, dt, A, B, C, D, segments, states, wants_first):
     dA_parts, rows = scratch(batch, heads, chunks), row["ROWS"]
     row = tiles("ssd_backward_decays", x.device, **like) | {"L": L, "ROWS": rows}
     inputs = (A, words, parts, sums, through, ddt, dA_parts, tokens, padded, heads, len(sums), len(through))
-    launch(ssd_backward_decays, (chunks, batch * heads), *inputs, **row)
+    launch(ssd_backward_decays, (batch * heads, chunks), *inputs, **row)
 
     dA = dA_parts.sum((0, 2), dtype=torch.float64).to(A.dtype)
     dD = x.new_empty(0) if D is None or dD_parts is None else dD_parts.sum((0, 2), dtype=torch.float64).to(D.dtype)

@@ -12,6 +12,7 @@ __all__ = ["DEVICES", "refuses_ssd", "refuses_ssd_step", "ssd", "ssd_step"]
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 MOST = 128  # of P and N: one tile holds them
+MOST_ROWS = 65535  # of the batch: CUDA's limit on the last two numbers of a grid
 
 run_forward = registered(
     "ssd",
@@ -81,6 +82,8 @@ def _refuses(x, floats, B):
     for tensor in floats:
         if tensor is not None and tensor.dtype not in FLOATS:
             return f"got {str(tensor.dtype).removeprefix('torch.')}, expected float16, bfloat16 or float32"
+    if x.shape[0] > MOST_ROWS:
+        return f"got a batch of {x.shape[0]}, expected at most {MOST_ROWS}"
     for name, size in (("P", x.shape[-1]), ("N", B.shape[-1])):
         if size > MOST:
             return f"got {name} = {size}, expected at most {MOST}"
