@@ -87,13 +87,12 @@ def stream_dq(
 
 
 @triton.jit
-def before_chunk(starts_ptr, first, window, PACKED: tl.constexpr):
-    """(start of the document of token `first`, the first key in the reach of its window)."""
+def document_start(starts_ptr, token, PACKED: tl.constexpr):
+    """Where the document of a token starts."""
     start = 0
     if PACKED:
-        start = tl.load(starts_ptr + first)
-    low = tl.maximum(start, first - window + 1)
-    return start, low
+        start = tl.load(starts_ptr + token)
+    return start
 
 
 @triton.jit
@@ -142,9 +141,9 @@ def stream_sinks(
     if PACKED:
         starts_ptr += wide_batch * tokens
     first = chunk * CHUNK
-    # For Python, functions of Triton's language only raise.
-    start, low = before_chunk(starts_ptr, first, window, PACKED)  # pyright: ignore[reportGeneralTypeIssues]
-    high = tl.minimum(start + sink, low)
+    start = document_start(starts_ptr, first, PACKED)
+    # Keys before the reach of the chunk's first query.
+    high = tl.minimum(start + sink, tl.maximum(start, first - window + 1))
     cols = start + tile * N + tl.arange(0, N)
     k = rows_of(k_ptr + wide_batch * stride_kb + wide_group * stride_kh, cols, stride_kt, high, D, BLOCK_D)
     v = rows_of(v_ptr + wide_batch * stride_vb + wide_group * stride_vh, cols, stride_vt, high, D, BLOCK_D)
@@ -210,7 +209,8 @@ def stream_dkdv(
         for base in range(first // M * M, stop, M):
             here = until
             if SINKS:
-                _, low = before_chunk(starts_ptr, base // CHUNK * CHUNK, window, PACKED)
+                chunk_first = base // CHUNK * CHUNK
+                low = tl.maximum(document_start(starts_ptr, chunk_first, PACKED), chunk_first - window + 1)
                 here = tl.where(cols >= low, until, 0)
             dk, dv = add_keys(
                 dk, dv, k, v, q_head, dout_head, lse_ptr + place, delta_ptr + place, starts_ptr, stride_qt, stride_gt, cols, here,
@@ -221,7 +221,8 @@ def stream_dkdv(
     if SINKS:
         part = (wide_batch * (heads // per_group) + wide_group) * chunks * sink
         for chunk in range(first // CHUNK + 1, chunks * holds_sinks):
-            start, low = before_chunk(starts_ptr, chunk * CHUNK, window, PACKED)
+            start = document_start(starts_ptr, chunk * CHUNK, PACKED)
+            low = tl.maximum(start, chunk * CHUNK - window + 1)
             rank = cols - start
             there = ((rank >= 0) & (rank < sink) & (cols < low))[:, None] & (dims < D)[None, :]
             at = (part + tl.cast(chunk, tl.int64) * sink + rank)[:, None] * D + dims[None, :]
