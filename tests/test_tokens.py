@@ -222,6 +222,7 @@ def peak(work):
         tracemalloc.stop()
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_text(bpe, tmp_path, monkeypatch):
     monkeypatch.setattr(tokens, "PIECE_CHARS", 1 << 12)
     monkeypatch.setattr(stored, "SHARD_PIECES", 4)

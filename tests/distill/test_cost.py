@@ -68,9 +68,9 @@ def storages(tensors):
     [
         ALIGN,
         KL,
-        {**KL, "train": ["*.self_attn.*"], "dtype": "bf16"},
-        {**KL, "train": ["*.layers.1.*"], "dtype": "bf16"},
-        {**KL, "dtype": "bf16", "gradient_checkpointing": True},
+        pytest.param({**KL, "train": ["*.self_attn.*"], "dtype": "bf16"}, marks=pytest.mark.slow),
+        pytest.param({**KL, "train": ["*.layers.1.*"], "dtype": "bf16"}, marks=pytest.mark.slow),
+        pytest.param({**KL, "dtype": "bf16", "gradient_checkpointing": True}, marks=pytest.mark.slow),
         {**ALIGN, "losses": [{"name": "mixer_output"}], "dtype": "bf16", "train": ["*.layers.2.*q_proj*"]},
     ],
 )
