@@ -4,6 +4,7 @@ import json
 import math
 from pathlib import Path
 
+import pytest
 import torch
 from transformers import AutoTokenizer
 
@@ -26,6 +27,7 @@ def test_shape_and_size():
     assert (demo_model() / "README.md").read_text().startswith("---")
 
 
+@pytest.mark.slow
 def test_it_models_held_out_text_and_uses_its_context():
     model = load_model(demo_model(), torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(demo_model())
