@@ -154,3 +154,14 @@ class TestKernel:
 def test_bad_inputs_are_named(change, words):
     with pytest.raises(ConfigError, match=words):
         linear_kl(**inputs_of() | change)
+
+
+@pytest.mark.parametrize("kind", range(3), ids=KINDS)
+def test_gradcheck(kind):
+    inputs = inputs_of(torch.float64, N=3, D=2, E=3, V=4, kind=kind, labels=4, tau=17, cap=3, scaled=1)
+    leaves = [inputs[name].clone().requires_grad_() for name in SPEC.grads]
+
+    def loss(*leaves):
+        return linear_kl(**inputs | dict(zip(SPEC.grads, leaves, strict=True)), impl="torch")
+
+    assert torch.autograd.gradcheck(loss, leaves)

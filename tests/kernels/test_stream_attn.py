@@ -124,3 +124,16 @@ def test_a_model_on_the_kernels(tmp_path, monkeypatch):
         assert called == 2 * ["stream_attn"] + 3 * ["stream_attn_step"]
         wider = 1
         assert rms_ratio(padded(), want[0]) > 100 * TOLERANCES["fp32"][0]
+
+
+@pytest.mark.parametrize("packed", [0, 1])
+def test_gradcheck(packed):
+    inputs = STREAM_ATTN.make_inputs(
+        {"B": 1, "T": 8, "H": 2, "G": 1, "D": 2, "sink": 1, "window": 3, "packed": packed}, torch.float64, "cpu", 0
+    )
+    leaves = [inputs[name].clone().requires_grad_() for name in STREAM_ATTN.grads]
+
+    def out(*leaves):
+        return stream_attn(**inputs | dict(zip(STREAM_ATTN.grads, leaves, strict=True)), impl="torch")
+
+    assert torch.autograd.gradcheck(out, leaves)
