@@ -157,11 +157,15 @@ def test_bad_inputs_are_named(change, words):
 
 
 @pytest.mark.parametrize("kind", range(3), ids=KINDS)
-def test_gradcheck(kind):
+def test_gradients_are_central_differences(kind):
+    """In place of gradcheck, which goes through a graph twice: a head's gradient is scaled where it lies."""
     inputs = inputs_of(torch.float64, N=3, D=2, E=3, V=4, kind=kind, labels=4, tau=17, cap=3, scaled=1)
-    leaves = [inputs[name].clone().requires_grad_() for name in SPEC.grads]
-
-    def loss(*leaves):
-        return linear_kl(**inputs | dict(zip(SPEC.grads, leaves, strict=True)), impl="torch")
-
-    assert torch.autograd.gradcheck(loss, leaves)
+    step = 1e-5
+    for name, grad in zip(SPEC.grads, gradients(inputs)[1:], strict=True):
+        numerical = torch.empty_like(grad)
+        for place in range(grad.numel()):
+            shift = torch.zeros(grad.numel(), dtype=torch.float64)
+            shift[place] = step
+            up, down = (linear_kl(**inputs | {name: inputs[name] + sign * shift.view(grad.shape)}) for sign in (1, -1))
+            numerical.view(-1)[place] = (up - down) / (2 * step)
+        assert rms_ratio(grad, numerical) < 1e-8
