@@ -184,7 +184,7 @@ def bench(spec, case, device, repeats, wanted, limits):
 
 
 def shown(row):
-    head = f"{row['op']:20}{row['shape']:30}{row['impl']:14}"
+    head = f"{row['op']:20}{row['shape']:30}{row['impl']:23}"
     if "not timed" in row:
         return head + row["not timed"]
     text = head + f"{row['pass']:18}{row['ms']:10.3f} ms{row['ratio']:8.2f}x of {row['anchor']}"

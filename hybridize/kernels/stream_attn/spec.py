@@ -100,12 +100,12 @@ def pairs(sizes):
     return tokens * window - window * (window - 1) / 2 + sizes["sink"] * (tokens - window)
 
 
-def flex(inputs):
+def flex(**inputs):
     """PyTorch's flex_attention, compiled."""
     return stream_attn(**inputs, impl="flex")
 
 
-def dense(inputs):
+def dense(**inputs):
     """PyTorch's attention with a mask of all pairs."""
     index = torch.arange(inputs["q_BHTD"].shape[2], device=inputs["q_BHTD"].device)
     ahead = index[:, None] - index
@@ -115,14 +115,14 @@ def dense(inputs):
     )
 
 
-def causal(inputs):
+def causal(**inputs):
     """What the layer replaces: attention to all tokens."""
     return F.scaled_dot_product_attention(
         inputs["q_BHTD"], inputs["k_BGTD"], inputs["v_BGTD"], is_causal=True, scale=inputs["scale"], enable_gqa=True
     )
 
 
-def ring(inputs):
+def ring(**inputs):
     """PyTorch's attention on a full ring."""
     return F.scaled_dot_product_attention(
         inputs["q_BHD"][:, :, None], inputs["keys_BGSD"], inputs["values_BGSD"], scale=inputs["scale"], enable_gqa=True
