@@ -74,6 +74,7 @@ def test_the_whole_line_and_then_nothing_to_do(base, text, work, capsys):
     assert "holds the run of another plan" in out.err
 
 
+@pytest.mark.slow
 def test_what_a_run_will_cost_is_said_before_it_starts(base, text, tmp_path, capsys):
     out = tmp_path / "w"
     words = ["run", "mamba2", "--base", base, "--out", out, *SMALL[:2], "--set", "plan.mixer={name: streaming}"]

@@ -54,6 +54,7 @@ def whole(model, ids):
         return model(ids[:, : PROMPT + STEPS], use_cache=False).logits
 
 
+@pytest.mark.slow
 def test_a_mixed_hybrid_over_a_static_cache_is_one_graph(ids):
     model, counter = model_of("llama", MIXED), CompileCounter()
     out = compiled(model, HybridStaticCache(model.config, 30), ids, counter)

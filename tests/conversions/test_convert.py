@@ -151,6 +151,7 @@ def test_resumed_bytes_are_those_of_an_undisturbed_run(base, tmp_path, monkeypat
     assert convert(made, tmp_path / "out", resume=True).resumed_shards > 3
 
 
+@pytest.mark.slow
 def test_stopped_before_any_rename_the_resumed_bytes_are_the_same(base, tmp_path, monkeypatch):
     """Every file has a moment at which its bytes lie under a temporary name; no resumed run may take that one along."""
     made = plan(open_base(base), MAMBA, "test", 0)

@@ -67,6 +67,7 @@ def test_fisher_is_that_of_the_whole_model(family, bases, text, monkeypatch):
     assert_close(torch.tensor([row.values[p] for row in again for p in ("k_proj", "v_proj")]), found, "fp32")
 
 
+@pytest.mark.slow
 def test_fishers_standard_error_is_the_jackknifes(bases, text):
     rows = SCORES.build({"name": "fisher", "tokens": 24})(bases["llama"], text, None, lambda *a: None)
     ids = torch.cat([torch.full((11, 1), 1), torch.from_numpy(text.ids).long().view(11, 23)], dim=1)

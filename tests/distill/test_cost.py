@@ -111,6 +111,7 @@ def test_memory_and_flops_are_those_of_a_real_step(folders, known, spec):
     assert cost.memory["frozen"] == storages(frozen)
 
 
+@pytest.mark.slow
 def test_from_disk_one_layer_is_all_there_is(folders):
     """The layer with the most weights, gradients and moments: counted from the directories, in fp32."""
     student, teacher = (describe(folder) for folder in folders[::-1])
@@ -250,6 +251,7 @@ def test_shards_divide_and_what_would_fit_is_said():
         Machine(mfu=1.5)
 
 
+@pytest.mark.slow
 def test_what_other_stages_counted_changes_nothing(plain):
     """A count that is used again must be of the same layer: with other rows, weights that learn, dtypes or adapters it is not."""
     specs = [KL, {**KL, "seq_tokens": 16}, {**KL, "dtype": "bf16"}, {**KL, "train": ["*.layers.0.*"]}, {**KL, "lora": LORA}]
@@ -259,6 +261,7 @@ def test_what_other_stages_counted_changes_nothing(plain):
     assert [cost.flops for cost in found] == [costs_of(plain, [stage], {})[0].flops for stage in stages]
 
 
+@pytest.mark.slow
 def test_the_command_says_it_before_anything_is_loaded(plain, tmp_path, capsys):
     folders = plain
     (tmp_path / "r.json").write_text(json.dumps({"name": "x", "plan": {}, "distill": [ALIGN, KL]}))

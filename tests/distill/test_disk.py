@@ -194,6 +194,7 @@ def test_layers_neither_shorten_nor_skip_each_others_steps(readers, tmp_path, mo
     assert not all(torch.equal(weights(alone)[name], shorter[name]) for name in names)
 
 
+@pytest.mark.slow
 def test_what_it_cannot_do_is_one_line(readers, tmp_path, monkeypatch):
     for options, reason in (
         ({"parallel": "layers"}, "engine is disk and parallel layers"),

@@ -146,6 +146,7 @@ def few_steps(monkeypatch):
     monkeypatch.setattr(guards, "WINDOW_STEPS", BEHIND)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("few_steps")
 @pytest.mark.parametrize("finite", [True, False])
 def test_a_spike_in_the_data_is_named_and_skipped(folders, tmp_path, finite):

@@ -107,6 +107,7 @@ def test_the_losses_fall_and_the_report_is_made(whole):
     assert {row["stage"] for row in rows_of(whole) if "recall" in row} == {2, 3}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("steps", [4, 9])
 def test_a_stopped_run_resumes_to_the_same_bytes(folders, stages, whole, tmp_path, steps):
     out = tmp_path / "out"
@@ -305,6 +306,7 @@ def test_a_model_taught_by_preferences_prefers(folders, tmp_path):
     assert rows[-1]["loss"] < 0.4 < 0.69 < rows[0]["loss"]
 
 
+@pytest.mark.slow
 def test_a_recipe_runs_them_and_reports(folders, tmp_path):
     """The whole line: text for the plan, chats and pairs for the last stages, a report in which the curves are."""
     text = tmp_path / "text.txt"

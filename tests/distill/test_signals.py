@@ -236,6 +236,7 @@ def test_every_loss_of_the_kl_stage_is_lowered_by_it(folders, ids, name):
     assert losses[-1] < 0.7 * losses[0]
 
 
+@pytest.mark.slow
 def test_a_run_with_parameters_that_no_gradient_reaches_resumes_to_the_same_bytes(folders, tmp_path):
     """Matrix orientation leaves values and projections alone; the optimizer then has no moments of them."""
     common = {"seq_tokens": 16, "rows": 4, "tokens": 4 * 64, "save_tokens": 64}

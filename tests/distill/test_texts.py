@@ -45,6 +45,7 @@ def mixture():
     return Mixture(names=("a", "b"), parts=parts, weights=(0.75, 0.25))
 
 
+@pytest.mark.slow
 def test_a_run_on_a_mixture_stopped_at_any_step_ends_with_the_same_bytes(folders, tmp_path):
     whole = distill(folders[1], STAGES, mixture(), tmp_path / "whole")
     for steps in random.Random(0).sample(range(1, 8), 2):
@@ -91,6 +92,7 @@ def test_rows_go_beyond_the_context_only_where_a_stage_says_so(folders, tmp_path
     assert json.loads(metrics_path(tmp_path / "out").read_text())["tokens"] == 160
 
 
+@pytest.mark.slow
 def test_the_whole_line_on_a_mixture(folders, tmp_path, capsys):
     root, _ = folders
     base = root / "llama-base"

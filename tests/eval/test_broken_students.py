@@ -88,6 +88,7 @@ def check(student, name, shared_data, measured, baselines, monkeypatch, tmp_path
     assert not gates["max_rise kl_to_base"]["passed"]
 
 
+@pytest.mark.slow
 def test_the_least_of_them_on_the_smallest(shared_data, measured, baselines, monkeypatch, tmp_path):
     check("heads swapped", SMALLEST, shared_data, measured, baselines, monkeypatch, tmp_path)
 

@@ -135,6 +135,7 @@ def test_lines_through_the_times_meet_where_they_were_drawn_to():
     assert fitted_crossover(rows((0.011, 1e-6), (0.010, 2e-6))[:1]) is None
 
 
+@pytest.mark.slow
 def test_a_shape_alone(tmp_path):
     small = {"hidden_size": 64, "intermediate_size": 64, "vocab_size": 128, "num_hidden_layers": 2}
     raw = json.loads((shape_of("qwen3-8b") / "config.json").read_text()) | small

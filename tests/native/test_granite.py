@@ -15,6 +15,7 @@ from tests.tiny import tiny_base
 MAMBA = {"keep": {"every": 3}, "mixer": {"name": "mamba2"}}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "options", "base"),
     [

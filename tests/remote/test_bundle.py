@@ -59,6 +59,7 @@ def text_of(family, specs):
     return bundle(config)
 
 
+@pytest.mark.slow
 def test_every_name_is_its_own():
     texts = [text_of("llama", EVERYTHING), text_of("qwen3", MIXED), *(text_of(family, [KEEP]) for family in FAMILIES)]
     assert [problems(text) for text in texts] == [[]] * len(texts)
