@@ -18,7 +18,7 @@ class GraphedDecoder:
     """Decodes token by token behind a prompt that a static cache holds; each step is the replay of one CUDA graph.
 
     The step is captured at the first call. Ids, positions and logits live in buffers of its own, so that only ids go in and
-    logits come out. Whatever is changed in model or cache after that, apart from values in place, needs a new decoder.
+    logits come out. Whatever is changed in model or cache after that, apart from values in place, needs a new decoder::
 
         cache = HybridStaticCache(model.config, max_tokens=4096)
         with torch.no_grad():

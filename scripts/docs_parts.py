@@ -223,7 +223,7 @@ def kernels() -> str:
     rows = [["function", "implementations beside PyTorch", "gradients", "writes in place", "timed beside"]]
     for spec in specs():
         rows.append([
-            f"[{spec.name}](api.md#hybridize.kernels.{spec.op}.{spec.name})", ", ".join(map(code, spec.impls)) or "none",
+            code(f"{spec.op}.{spec.name}"), ", ".join(map(code, spec.impls)) or "none",
             "yes" if spec.grads else "no", ", ".join(map(code, spec.in_place)) or "nothing",
             ", ".join(spec.anchors) or "PyTorch alone",
         ])  # fmt: skip

@@ -11,6 +11,7 @@ import pytest
 import typer
 
 from hybridize.cli.shared import cli
+from hybridize.kernels._core.table import specs
 from hybridize.mixers.mamba2 import Mamba2
 from hybridize.recipe import builtin_recipes, builtin_suites, load_recipe
 from scripts import build_docs, docs_messages, docs_parts, docs_text
@@ -174,3 +175,8 @@ def test_pins_are_of_what_the_site_needs():
     needed = re.search(r"^docs = \[(.*?)\]", (ROOT / "pyproject.toml").read_text(), re.M)[1]
     pinned = {line.split("==")[0].lower() for line in (ROOT / "constraints.txt").read_text().splitlines()}
     assert {re.match(r'"([\w-]+)', word)[1].lower() for word in needed.split(", ")} <= pinned
+
+
+def test_every_function_of_a_kernel_is_in_the_reference():
+    for spec in specs():
+        assert f"autofunction:: hybridize.kernels.{spec.op}.{spec.name}\n" in PAGES["api.md"]
